@@ -1,0 +1,61 @@
+"""What the answers are, in plain fp32 torch: the oracle of every test and the path without CUDA.
+
+Reads beside the formula of layout.py. Imports no kernel, so that it inherits no kernel's bug.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from w4tensor.layout import SYMMETRIC_ZERO_POINT
+
+__all__ = ["act_quant_linear", "dequantize", "linear", "quantize_activation"]
+
+INT8_MAX = 127
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """w = (q - zero_point) * scale: codes [.., N, K] and [.., N, G] -> fp32 [.., N, K]."""
+    zero = SYMMETRIC_ZERO_POINT if zero_point is None else zero_point.float()[..., None]
+    w = q.unflatten(-1, (scale.shape[-1], -1)).float()
+    return ((w - zero) * scale.float()[..., None]).flatten(-2)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [.., M, K] times fp32 w [.., N, K] transposed, summed in fp32, rounded once to x.dtype."""
+    y = x.float() @ w.mT
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantize_activation(x: Tensor, act_group_size: int) -> tuple[Tensor, Tensor]:
+    """x [.., K] -> int8 [.., K] and fp32 scale [.., ceil(K / act_group_size)].
+
+    scale = absmax / 127 and q = round_half_even(x / scale), group by group; -1 is one group a
+    token. A group of zeros has scale 0 and codes 0. A token that holds Inf or NaN has scale NaN
+    and codes 0, and so gives NaN where it is used and nowhere else.
+    """
+    k = x.shape[-1]
+    g = k if act_group_size == -1 else act_group_size
+    n_groups = -(-k // g)
+    groups = torch.nn.functional.pad(x.float(), (0, n_groups * g - k)).unflatten(-1, (n_groups, g))
+    scale = groups.abs().amax(-1) / INT8_MAX
+    finite = scale.isfinite().all(-1, keepdim=True)
+    q = (groups / torch.where(scale == 0, 1.0, scale)[..., None]).round()
+    q = torch.where(finite[..., None], q, 0.0).to(torch.int8)
+    return q.flatten(-2)[..., :k], torch.where(finite, scale, torch.nan)
+
+
+def act_quant_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    act_group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """linear() with x replaced by its int8 codes times their scales."""
+    x_q, x_scale = quantize_activation(x, act_group_size)
+    group = x.shape[-1] if act_group_size == -1 else act_group_size
+    x_hat = x_q.float() * x_scale.repeat_interleave(group, -1)[..., : x.shape[-1]]
+    return linear(x_hat, dequantize(q, scale, zero_point), bias).to(x.dtype)

@@ -1,0 +1,141 @@
+"""What became of a model: its weights, their bytes, the kernels that serve them, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from w4tensor import arch, dispatch
+from w4tensor.config import REASONS_ATTRIBUTE
+from w4tensor.tensors.packed import PackedInt4
+
+__all__ = ["Row", "Summary", "summary"]
+
+TOKENS = (1, 16, 256, 4096)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of two or more dimensions.
+
+    Fields:
+        name: of the parameter. kind: its tensor class, or its module's where it is plain.
+        shape: as the model sees it. bytes_before: in its dtype; bytes_after: as it is held.
+        kernels: which kernel serves M = 1, 16, 256, 4096; empty where nothing was quantised.
+        note: why it was left alone, or what else is worth saying.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    kernels: tuple[str, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of summary(); printed, a table."""
+
+    rows: tuple[Row, ...]
+    device: str
+
+    def __str__(self) -> str:
+        header = ("layer", "class", "shape", "before", "after")
+        header += tuple(f"M={m}" for m in TOKENS) + ("note",)
+        table = [header]
+        for row in self.rows:
+            cells = (row.name, row.kind, "x".join(map(str, row.shape)))
+            cells += (_mebibytes(row.bytes_before), _mebibytes(row.bytes_after))
+            cells += row.kernels or ("-",) * len(TOKENS)
+            table.append((*cells, row.note))
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        before = sum(row.bytes_before for row in self.rows)
+        after = sum(row.bytes_after for row in self.rows)
+        quantised = sum(bool(row.kernels) for row in self.rows)
+        lines.append(
+            f"{quantised} of {len(self.rows)} weights are int4; {_mebibytes(before)} became "
+            f"{_mebibytes(after)} ({self.device})"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, device: torch.device | str | int | None = None) -> Summary:
+    """Describe every weight of two or more dimensions in `model`.
+
+    Args:
+        model: any module, quantised or not.
+        device: whose kernels to name; by default the current CUDA device, or none.
+
+    >>> from torchao.quantization import quantize_
+    >>> from w4tensor import W4CoalescedConfig
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 8))
+    >>> quantize_(model, W4CoalescedConfig())
+    >>> [row.note for row in summary(model).rows]
+    ['', 'N=8 is below 64: a gate or router, nothing to gain']
+    """
+    index = torch.device(device).index if isinstance(device, (str, torch.device)) else device
+    target = arch.current(index)
+    rows = []
+    owner: dict[int, str] = {}
+    for module_name, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is None or weight.ndim < 2:
+                continue
+            full_name = f"{module_name}.{name}" if module_name else name
+            first = owner.setdefault(id(weight), full_name)
+            rows.append(_row(full_name, module, name, weight, first, target))
+    where = "no CUDA device: reference path" if target is None else f"kernels for {target}"
+    return Summary(tuple(rows), where)
+
+
+def _mebibytes(n: int) -> str:
+    return f"{n / 2**20:.2f} MiB"
+
+
+def _row(full_name, module, name, weight, first, target) -> Row:
+    before = weight.numel() * weight.element_size()
+    shape = tuple(weight.shape)
+    if isinstance(weight, PackedInt4):
+        fields = (weight.qdata, weight.scale, weight.zero_point)
+        after = sum(t.numel() * t.element_size() for t in fields if t is not None)
+        kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
+        return Row(full_name, type(weight).__name__, shape, before, after, kernels, "")
+    note = module.__dict__.get(REASONS_ATTRIBUTE, {}).get(name, "")
+    if not note:
+        note = "" if isinstance(module, nn.Linear) else f"{type(module).__name__}, not a Linear"
+    if first != full_name:
+        note, after = f"tied to {first}", 0
+        before = 0
+    else:
+        after = before
+    return Row(full_name, type(module).__name__, shape, before, after, (), note)
+
+
+def _kernel(weight: PackedInt4, m: int, target: dispatch.Arch | None) -> str:
+    if target is None:
+        return "reference"
+    return dispatch.plan(problem_of(weight, m), target).name
+
+
+def problem_of(weight: PackedInt4, m: int, dtype: torch.dtype | None = None) -> dispatch.Problem:
+    """The problem that `m` tokens times `weight` pose to dispatch."""
+    act = "fp16" if (dtype or weight.dtype) == torch.float16 else "bf16"
+    n, k = weight.scale.shape[-2], weight.scale.shape[-1] * weight.group_size
+    return dispatch.Problem(
+        m=m,
+        n=n,
+        k=k,
+        group_size=weight.group_size,
+        act=act if weight.act_group_size is None else "int8",
+        symmetric=weight.zero_point is None,
+        batch=weight.scale.shape[0] if weight.ndim == 3 else 1,
+        act_group_size=weight.act_group_size,
+    )

@@ -1,0 +1,275 @@
+"""What both tensor classes are: constructors, conversions, conversion to other devices and dtypes.
+
+A class adds its fields and its packing; its operators come from views.py and products.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from w4tensor import reference
+from w4tensor.errors import MisdispatchError, PackingError, Unsupported
+from w4tensor.layout import (
+    LAYOUT_VERSION,
+    SCALE_DTYPES,
+    SYMMETRIC_ZERO_POINT,
+    ZERO_POINT_DTYPES,
+    Layout,
+    check_contract,
+    check_group_size,
+    check_values,
+)
+from w4tensor.quantize import Algorithm, quantize_weight
+
+__all__ = ["PackedInt4"]
+
+# fields by which native int4 routes read their own tensors
+_FOREIGN_FIELDS = (
+    "block_size",
+    "activation_dtype",
+    "scale_and_zero",
+    "act_pre_scale",
+    "group_zero",
+)
+
+
+class _ForeignField(MisdispatchError, AttributeError):
+    """A native int4 route asked for a field of its own class. Also an AttributeError: hasattr works."""
+
+
+class PackedInt4:
+    """Mixin over TorchAOBaseTensor; a class gives `packing` and the torchao field lists."""
+
+    packing: ClassVar[Layout]
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    group_size: int
+    layout_version: int
+    transposed: bool
+
+    @classmethod
+    def _wrapper(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        group_size: int,
+        layout_version: int,
+        transposed: bool,
+    ) -> Tensor:
+        """The empty wrapper that `__new__` returns: its shape follows from the fields."""
+        check_contract(cls.packing, qdata, scale, zero_point, group_size, layout_version)
+        *stack, n, n_groups = scale.shape
+        matrix = (n_groups * group_size, n) if transposed else (n, n_groups * group_size)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (*stack, *matrix), dtype=scale.dtype, device=qdata.device, requires_grad=False
+        )
+
+    @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        group_size: int = 128,
+        algorithm: Algorithm = "symmetric",
+        **fields: Any,
+    ):
+        """Quantise a weight.
+
+        Args:
+            weight: [N, K] or [E, N, K], bf16, fp16 or fp32; fp32 stays fp32 in meaning (scales and
+                `dtype`), while products with fp32 x round x to bf16 on CUDA and not on CPU.
+            group_size, algorithm: as quantize.quantize_weight.
+            fields: what the class has beyond the shared ones (act_group_size).
+
+        Raises:
+            Unsupported: outside the domain of quantize_weight, or not 2-D or 3-D.
+        """
+        if weight.ndim not in (2, 3):
+            raise Unsupported(f"weight has {weight.ndim} dimensions; give [N, K] or [E, N, K]")
+        q, scale, zero_point = quantize_weight(weight, group_size, algorithm)
+        return cls._pack(q, scale, zero_point, **fields)
+
+    @classmethod
+    def from_codes(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        *,
+        group_size: int,
+        **fields: Any,
+    ):
+        """Pack codes that are already known.
+
+        Args:
+            q: uint8 [N, K] or [E, N, K], in 0..15.
+            scale: [.., N, K / group_size], bf16, fp16 or fp32, finite. Its dtype is the tensor's.
+            zero_point: None for 8, or like scale in fp16 or fp32, finite, in code units; any value
+                is legal (outside 0..15 and fractional ones too). fp16 holds values up to 16 to
+                1/256 of a code; use fp32 for more.
+            group_size: weights a scale, or -1 for the whole row.
+
+        Raises:
+            PackingError: a field is not so. Unsupported: group_size does not fit K.
+        """
+        if scale.dtype not in SCALE_DTYPES:
+            raise PackingError("scale.dtype", scale.dtype, f"one of {SCALE_DTYPES}")
+        if zero_point is not None and zero_point.dtype not in ZERO_POINT_DTYPES:
+            raise PackingError("zero_point.dtype", zero_point.dtype, f"one of {ZERO_POINT_DTYPES}")
+        check_values(q, scale, zero_point)
+        k = q.shape[-1]
+        expected = (*q.shape[:-1], k // check_group_size(group_size, k))
+        for field, value in (("scale", scale), ("zero_point", zero_point)):
+            if value is not None and tuple(value.shape) != expected:
+                raise PackingError(f"{field}.shape", tuple(value.shape), f"{expected}")
+        return cls._pack(q, scale, zero_point, **fields)
+
+    @classmethod
+    def _pack(cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, **fields: Any):
+        return cls(
+            qdata=cls.packing.pack(q),
+            scale=scale.contiguous(),
+            group_size=q.shape[-1] // scale.shape[-1],
+            layout_version=LAYOUT_VERSION,
+            zero_point=None if zero_point is None else zero_point.contiguous(),
+            **fields,
+        )
+
+    @classmethod
+    def from_torchao_int4(cls, weight: Tensor, **fields: Any):
+        """Convert torchao's Int4Tensor or IntxUnpackedToInt8Tensor (int4), 2-D or 3-D, to this class.
+
+        Int4Tensor means w = q * scale + zero with q in -8..7 and zero in the weight's units; that
+        is zero_point = 8 - zero / scale here. IntxUnpackedToInt8Tensor means w = (q - zero) * scale
+        with q in -8..7; that is zero_point = zero + 8. Codes and scales are kept bit for bit.
+
+        An Int4Tensor that holds another system's convention (ExecuTorch stores unsigned codes in
+        uint8) is told by its dtype and refused.
+
+        Raises:
+            PackingError: the tensor is of neither class, or not as torchao makes it.
+            Unsupported: it quantises its activations or pre-scales them, or its groups do not fit.
+        """
+        from w4tensor.convert import codes_of_torchao
+
+        q, scale, zero_point, group_size = codes_of_torchao(weight)
+        return cls.from_codes(q, scale, zero_point, group_size=group_size, **fields)
+
+    def to_codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q uint8 [.., N, K], scale and zero_point: what from_codes was given, exactly."""
+        self._check()
+        return self.packing.unpack(self.qdata, self._k), self.scale, self.zero_point
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a plain tensor of this shape, in `output_dtype` or this dtype.
+
+        Computed in fp32 and rounded once.
+        """
+        w = reference.dequantize(*self.to_codes()).to(output_dtype or self.dtype)
+        return w.mT if self.transposed else w
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        handlers = cls._TORCH_FN_TABLE[cls]
+        if func in handlers:
+            return handlers[func](func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_inference_mode_enabled():
+                # a wrapper made there cannot be a view of one made outside
+                with torch.inference_mode(False), torch.no_grad():
+                    return func(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is None:
+            raise MisdispatchError(
+                f"{func} cannot read a {cls.__name__}: its bytes are packed int4. Use F.linear, "
+                "matmul, bmm or torch._grouped_mm with it, or dequantize() it first"
+            )
+        return handler(func, types, args, kwargs or {})
+
+    # what the operators build on
+
+    @property
+    def _k(self) -> int:
+        return self.scale.shape[-1] * self.group_size
+
+    def _check(self) -> None:
+        """Refuse bytes that came past the constructor (unpickled, assigned) and are not ours."""
+        check_contract(
+            self.packing,
+            self.qdata,
+            self.scale,
+            self.zero_point,
+            self.group_size,
+            self.layout_version,
+        )
+
+    def _with(self, **changes: Any):
+        """The same tensor with some fields changed."""
+        names = (
+            self.tensor_data_names
+            + self.tensor_attribute_names
+            + self.optional_tensor_data_names
+            + self.optional_tensor_attribute_names
+        )
+        return type(self)(**{name: getattr(self, name) for name in names} | changes)
+
+    def _map(self, fn: Callable[[Tensor], Tensor], **changes: Any):
+        """The same tensor with `fn` applied to qdata, scale and zero_point."""
+        zero_point = None if self.zero_point is None else fn(self.zero_point)
+        return self._with(
+            qdata=fn(self.qdata), scale=fn(self.scale), zero_point=zero_point, **changes
+        )
+
+    def _explicit_zero_point(self) -> Tensor:
+        if self.zero_point is not None:
+            return self.zero_point
+        return torch.full_like(self.scale, SYMMETRIC_ZERO_POINT, dtype=ZERO_POINT_DTYPES[0])
+
+    def __getattr__(self, name: str):
+        if name in _FOREIGN_FIELDS:
+            raise _ForeignField(
+                f"{type(self).__name__} has no {name!r}: its bytes are not those of torchao's int4 "
+                "tensors and their routes cannot read them; use F.linear, or dequantize() first"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        fields = [f"shape={tuple(self.shape)}", f"dtype={self.dtype}", f"device='{self.device}'"]
+        for name in self.tensor_attribute_names + self.optional_tensor_attribute_names:
+            fields.append(f"{name}={getattr(self, name)}")
+        fields.append(f"zero_point={'8' if self.zero_point is None else self.zero_point.dtype}")
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+    def _quantization_type(self) -> str:
+        return f"shape={tuple(self.shape)}, group_size={self.group_size}, device={self.device}"
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr(self)
+
+
+def _refuse(name: str) -> Callable:
+    def refuse(self, *operands):
+        raise MisdispatchError(
+            f"{name} cannot read a {type(self).__name__}: its bytes are packed int4; "
+            "dequantize() it first"
+        )
+
+    return refuse
+
+
+# Tensor's own versions turn a TypeError into NotImplemented, and == would then answer False
+for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    for _prefix in ("__", "__r", "__i"):
+        setattr(PackedInt4, f"{_prefix}{_operator}__", _refuse(f"{_prefix}{_operator}__"))
+for _operator in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(PackedInt4, f"__{_operator}__", _refuse(f"__{_operator}__"))
+PackedInt4.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -1,0 +1,186 @@
+"""Operators that multiply by an int4 weight, and the embedding lookup.
+
+A product that sums over K goes to torch.ops.w4tensor. One that sums over N (a gradient, x @ W)
+cannot use codes packed along K and multiplies by the dequantised weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w4tensor import (
+    ops,  # noqa: F401  (defines torch.ops.w4tensor)
+    reference,
+)
+from w4tensor.errors import MisdispatchError, Unsupported
+from w4tensor.tensors.packed import PackedInt4
+
+__all__ = ["register"]
+
+aten = torch.ops.aten
+_aten_handlers: list[tuple[list[Any], Callable]] = []
+_function_handlers: list[tuple[list[Any], Callable]] = []
+
+
+def register(cls: type) -> None:
+    """Give `cls` the operators of this file, as torch functions and as the aten ops below them."""
+    for functions, handler in _function_handlers:
+        cls.implements_torch_function(functions)(handler)
+    for operators, handler in _aten_handlers:
+        cls.implements(operators)(handler)
+
+
+def _implements(functions: list[Any], operators: list[Any]):
+    def keep(handler: Callable) -> Callable:
+        _function_handlers.append((functions, handler))
+        _aten_handlers.append((operators, handler))
+        return handler
+
+    return keep
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast would hand it to a matrix product: __torch_function__ runs before that cast."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
+    """x [.., K] times the stored [N, K] transposed, or [E, M, K] times [E, N, K]."""
+    return torch.ops.w4tensor.linear(
+        _autocast(x),
+        w.qdata,
+        w.scale,
+        w.zero_point,
+        bias,
+        w.group_size,
+        w.act_group_size,
+        w.layout_version,
+    )
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """torch.matmul with the weight on either side, plain or seen through transpose."""
+    if isinstance(a, PackedInt4) and isinstance(b, PackedInt4):
+        raise MisdispatchError("a product of two int4 weights; dequantize() one of them first")
+    if isinstance(b, PackedInt4):
+        if b.transposed:
+            return _linear(_stack_like(a, b), b)
+        return torch.matmul(_autocast(a), _plain(b, _autocast(a)))
+    if a.transposed:
+        return torch.matmul(_plain(a, _autocast(b)), _autocast(b))
+    if b.ndim == 1:
+        return _linear(_stack_like(b, a), a)
+    return _linear(_stack_like(b.mT, a), a).mT
+
+
+def _plain(w, x: Tensor) -> Tensor:
+    return w.dequantize(x.dtype)
+
+
+def _stack_like(x: Tensor, w) -> Tensor:
+    """x with the leading E of a stacked weight, as matmul's broadcasting would give it."""
+    if w.ndim == 2:
+        return x
+    if x.ndim == 1:
+        raise MisdispatchError("a vector times stacked int4 weights; give [E, M, K]")
+    if x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, w.shape[0])):
+        raise Unsupported(
+            f"x of shape {tuple(x.shape)} does not broadcast over {w.shape[0]} stacked weights"
+        )
+    return x.expand(w.shape[0], *x.shape[-2:])
+
+
+@_implements([torch.nn.functional.linear], [aten.linear.default])
+def _f_linear(func, types, args, kwargs):
+    x = args[0] if args else kwargs["input"]
+    w = args[1] if len(args) > 1 else kwargs["weight"]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if not isinstance(w, PackedInt4) or w.transposed or w.ndim != 2:
+        raise MisdispatchError(
+            f"F.linear takes an int4 tensor as its weight [N, K] only, not {w!r}; dequantize() it first"
+        )
+    return _linear(x, w, bias)
+
+
+@_implements(
+    [
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.mm,
+        torch.Tensor.mm,
+        torch.bmm,
+        torch.Tensor.bmm,
+    ],
+    [aten.matmul.default, aten.mm.default, aten.bmm.default],
+)
+def _f_matmul(func, types, args, kwargs):
+    a = args[0] if args else kwargs["input"]
+    b = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
+    rank = {"mm": 2, "bmm": 3}.get(func.__name__.split(".")[0])
+    if rank is not None and (a.ndim != rank or b.ndim != rank):
+        raise Unsupported(f"{func.__name__} takes {rank}-D operands, not {a.ndim}-D and {b.ndim}-D")
+    if a.shape[-1] != b.shape[-2 if b.ndim > 1 else -1] or (rank == 3 and len(a) != len(b)):
+        raise Unsupported(f"{tuple(a.shape)} @ {tuple(b.shape)}: the shapes do not match")
+    return _matmul(a, b)
+
+
+@_implements([torch.Tensor.__rmatmul__], [])
+def _f_rmatmul(func, types, args, kwargs):
+    return _matmul(args[1], args[0])
+
+
+@_implements([torch.addmm, torch.Tensor.addmm], [aten.addmm.default])
+def _f_addmm(func, types, args, kwargs):
+    bias, a, b = args[:3]
+    if isinstance(bias, PackedInt4):
+        raise MisdispatchError("addmm onto an int4 weight; dequantize() it first")
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    y = _matmul(a, b)
+    return (y if alpha == 1 else alpha * y) + (bias if beta == 1 else beta * bias)
+
+
+@_implements([torch._grouped_mm], [aten._grouped_mm.default])
+def _f_grouped_mm(func, types, args, kwargs):
+    x, w = args[:2]
+    rest = dict(zip(("offs", "bias", "out_dtype"), args[2:], strict=False)) | kwargs
+    stacked = isinstance(w, PackedInt4) and w.ndim == 3 and w.transposed
+    if not stacked or x.ndim != 2 or rest.get("offs") is None or rest.get("bias") is not None:
+        raise MisdispatchError(
+            "torch._grouped_mm takes x [T, K], int4 weights [E, N, K] seen through transpose(-2, -1), "
+            "offs and no bias; dequantize() for other forms"
+        )
+    y = torch.ops.w4tensor.grouped_linear(
+        _autocast(x),
+        w.qdata,
+        w.scale,
+        w.zero_point,
+        rest["offs"],
+        w.group_size,
+        w.act_group_size,
+        w.layout_version,
+    )
+    return y if rest.get("out_dtype") is None else y.to(rest["out_dtype"])
+
+
+@_implements([torch.nn.functional.embedding], [aten.embedding.default])
+def _f_embedding(func, types, args, kwargs):
+    indices, w = args[:2]
+    if func is aten.embedding.default:
+        w, indices = args[:2]
+    if not isinstance(w, PackedInt4) or w.ndim != 2 or w.transposed:
+        raise MisdispatchError("an embedding looks rows up in a 2-D int4 weight [N, K] only")
+    if any(args[4:]) or kwargs.get("max_norm") is not None:
+        raise Unsupported("max_norm would renormalise quantised rows in place")
+    w._check()
+    rows = indices.reshape(-1)
+    q = w.packing.unpack(w.qdata[rows], w._k)
+    zero_point = None if w.zero_point is None else w.zero_point[rows]
+    found = reference.dequantize(q, w.scale[rows], zero_point).to(w.dtype)
+    return found.reshape(*indices.shape, w._k)

@@ -1,0 +1,350 @@
+"""Operators that move or show an int4 weight without reading its codes: slices, stacks, copies.
+
+qdata, scale and zero_point are cut along the same dimension, so every operator here is the plain
+operator on each of them. Along N and E anything goes; along K only whole blocks and groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import fill_defaults
+
+from w4tensor.errors import MisdispatchError, PackingError, Unsupported
+from w4tensor.layout import BLOCK_K, SCALE_DTYPES
+
+__all__ = ["register"]
+
+aten = torch.ops.aten
+_handlers: list[tuple[list[Any], Callable]] = []
+_function_handlers: list[tuple[list[Any], Callable]] = []
+
+
+def register(cls: type) -> None:
+    """Give `cls` the operators of this file."""
+    for ops, handler in _handlers:
+        cls.implements(ops)(handler)
+    for functions, handler in _function_handlers:
+        cls.implements_torch_function(functions)(handler)
+
+
+def _implements(ops: list[Any]):
+    def keep(handler: Callable) -> Callable:
+        _handlers.append((ops, handler))
+        return handler
+
+    return keep
+
+
+def _stored_dim(w, dim: int) -> int:
+    """The dimension of the stored [.., N, K] that dimension `dim` of the (transposed) view shows."""
+    if not -w.ndim <= dim < w.ndim:
+        raise IndexError(f"dimension {dim} of a {w.ndim}-D weight")
+    dim %= w.ndim
+    if w.transposed and dim >= w.ndim - 2:
+        return 2 * w.ndim - 3 - dim
+    return dim
+
+
+def _refuse_k(w, func) -> MisdispatchError:
+    return MisdispatchError(
+        f"{func} along K would cut packed codes of a {type(w).__name__}; dequantize() it first"
+    )
+
+
+def _swap_last_two(w):
+    return w._map(torch.ops.aten.alias.default, transposed=not w.transposed)
+
+
+@_implements([aten.t.default])
+def _t(func, types, args, kwargs):
+    if args[0].ndim != 2:
+        raise Unsupported(f"t() takes a 2-D weight, this one has {args[0].ndim} dimensions")
+    return return_and_correct_aliasing(func, args, kwargs, _swap_last_two(args[0]))
+
+
+@_implements([aten.transpose.int])
+def _transpose(func, types, args, kwargs):
+    w, dims = args[0], {args[1] % args[0].ndim, args[2] % args[0].ndim}
+    if len(dims) == 1:
+        out = w._map(aten.alias.default)
+    elif dims == {w.ndim - 2, w.ndim - 1}:
+        out = _swap_last_two(w)
+    else:
+        raise MisdispatchError(
+            f"transpose{args[1:]} of a {type(w).__name__} of shape {tuple(w.shape)}: only the last "
+            "two dimensions can be seen swapped; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_implements([aten.permute.default])
+def _permute(func, types, args, kwargs):
+    w, order = args[0], [d % args[0].ndim for d in args[1]]
+    identity = list(range(w.ndim))
+    if order == identity:
+        out = w._map(aten.alias.default)
+    elif order == identity[:-2] + [w.ndim - 1, w.ndim - 2]:
+        out = _swap_last_two(w)
+    else:
+        raise MisdispatchError(
+            f"permute{tuple(order)} of a {type(w).__name__}: only the last two dimensions can be "
+            "seen swapped; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_implements([aten.slice.Tensor])
+def _slice(func, types, args, kwargs):
+    w, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+    size = w.shape[dim]
+    stored = _stored_dim(w, dim)
+    start, end, step = slice(start, end, step).indices(size)
+    if stored < w.ndim - 1:
+        out = w._map(lambda t: func(t, stored, start, end, step))
+    else:
+        out = _slice_k(w, func, start, end, step)
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _slice_k(w, func, start: int, end: int, step: int):
+    border = max(BLOCK_K, w.group_size)
+    if step != 1 or start % border or (end % border and end != w._k) or start >= end:
+        raise Unsupported(
+            f"a cut {start}:{end}:{step} along K={w._k} is not on borders of {border} codes "
+            f"(blocks of {BLOCK_K}, groups of {w.group_size}); move it there, or dequantize() first"
+        )
+    if (start, end) == (0, w._k):
+        return w._map(aten.alias.default)
+    # a row with one group keeps its scale only whole: borders of group_size above see to it
+    groups = slice(start // w.group_size, end // w.group_size)
+    words = slice(start // w.packing.codes, -(-end // BLOCK_K) * BLOCK_K // w.packing.codes)
+    dim = w.ndim - 1
+    return w._with(
+        qdata=func(w.qdata, dim, words.start, words.stop),
+        scale=func(w.scale, dim, groups.start, groups.stop),
+        zero_point=None
+        if w.zero_point is None
+        else func(w.zero_point, dim, groups.start, groups.stop),
+    )
+
+
+@_implements([aten.select.int])
+def _select(func, types, args, kwargs):
+    w, dim, index = args
+    if w.ndim != 3 or _stored_dim(w, dim) != 0:
+        raise MisdispatchError(
+            f"select({dim}, {index}) of a {type(w).__name__} of shape {tuple(w.shape)}: only one of "
+            "stacked weights [E, ..] can be selected; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, w._map(lambda t: func(t, 0, index)))
+
+
+@_implements([aten.unbind.int])
+def _unbind(func, types, args, kwargs):
+    w, dim = fill_defaults(args, 2, [0])
+    return tuple(w.select(dim, index) for index in range(w.shape[dim]))
+
+
+def _split(w, sizes: Sequence[int], dim: int) -> list[Tensor]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(aten.slice.Tensor(w, dim, start, start + size))
+        start += size
+    return parts
+
+
+@_implements([aten.split.Tensor])
+def _split_tensor(func, types, args, kwargs):
+    w, size, dim = fill_defaults(args, 3, [0])
+    whole, rest = divmod(w.shape[dim], size)
+    return _split(w, [size] * whole + [rest] * bool(rest), dim)
+
+
+@_implements([aten.split_with_sizes.default])
+def _split_with_sizes(func, types, args, kwargs):
+    w, sizes, dim = fill_defaults(args, 3, [0])
+    if sum(sizes) != w.shape[dim]:
+        raise Unsupported(f"split sizes {list(sizes)} do not add up to {w.shape[dim]}")
+    return _split(w, sizes, dim)
+
+
+@_implements([aten.index.Tensor])
+def _index(func, types, args, kwargs):
+    w, indices = args
+    if w.transposed and len(indices) > w.ndim - 2:
+        raise MisdispatchError(
+            f"indexing rows of a transposed {type(w).__name__}; index, then .t()"
+        )
+    if len(indices) >= w.ndim and indices[w.ndim - 1] is not None:
+        raise _refuse_k(w, func)
+    indices = list(indices[: w.ndim - 1])
+    return w._map(lambda t: func(t, indices))
+
+
+@_implements([aten.index_select.default])
+def _index_select(func, types, args, kwargs):
+    w, dim, index = args
+    stored = _stored_dim(w, dim)
+    if stored == w.ndim - 1:
+        raise _refuse_k(w, func)
+    return w._map(lambda t: func(t, stored, index))
+
+
+@_implements([aten.cat.default])
+def _cat(func, types, args, kwargs):
+    weights, dim = fill_defaults(args, 2, [0])
+    first = weights[0]
+    for w in weights:
+        same = type(w) is type(first) and w.ndim == first.ndim
+        for name in (*first.tensor_attribute_names, *first.optional_tensor_attribute_names):
+            same = same and getattr(w, name) == getattr(first, name)
+        if not same or w.dtype != first.dtype:
+            raise MisdispatchError(f"cat of {first!r} with {w!r}: their formats differ")
+    stored = _stored_dim(first, dim)
+    if stored == first.ndim - 1:
+        for w in weights[:-1]:
+            if w._k % max(BLOCK_K, w.group_size):
+                raise Unsupported(
+                    f"cat along K after K={w._k}, which is not a multiple of {BLOCK_K} codes"
+                )
+        if first.scale.shape[-1] == 1 and first._k == first.group_size > BLOCK_K:
+            raise Unsupported("cat along K of weights with one group a row; use a group_size")
+    explicit = any(w.zero_point is not None for w in weights)
+    zero_points = [w._explicit_zero_point() for w in weights] if explicit else []
+    if explicit:
+        wide = (
+            torch.float32 if any(z.dtype == torch.float32 for z in zero_points) else torch.float16
+        )
+        zero_points = [z.to(wide) for z in zero_points]
+    return first._with(
+        qdata=func([w.qdata for w in weights], stored),
+        scale=func([w.scale for w in weights], stored),
+        zero_point=func(zero_points, stored) if explicit else None,
+    )
+
+
+@_implements([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
+def _view(func, types, args, kwargs):
+    w, size = args[0], list(args[1])
+    if size.count(-1) == 1:
+        at = size.index(-1)
+        rest = w.numel() // max(1, -torch.Size(size).numel())
+        size[at] = rest
+    same = tuple(size) == tuple(w.shape)
+    regrouped = not w.transposed and len(size) in (2, 3) and size[-1] == w.shape[-1]
+    if not same and not (regrouped and torch.Size(size).numel() == w.numel()):
+        raise MisdispatchError(
+            f"view of a {type(w).__name__} {tuple(w.shape)} as {tuple(size)}: only dimensions before "
+            "K can be regrouped, into 2 or 3; dequantize() it first"
+        )
+    lead = list(w.scale.shape[:-1]) if same else size[:-1]
+    out = w._map(lambda t: aten.view.default(t, [*lead, t.shape[-1]]))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_implements([aten.unsqueeze.default])
+def _unsqueeze(func, types, args, kwargs):
+    w, dim = args
+    if w.ndim != 2 or dim % (w.ndim + 1) != 0:
+        raise MisdispatchError(
+            f"unsqueeze({dim}) of a {type(w).__name__} {tuple(w.shape)}: only a 2-D weight can become "
+            "[1, N, K]; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, w._map(lambda t: func(t, 0)))
+
+
+@_implements([aten.squeeze.default, aten.squeeze.dim])
+def _squeeze(func, types, args, kwargs):
+    w = args[0]
+    wanted = len(args) == 1 or args[1] % w.ndim == 0
+    if w.ndim == 3 and w.shape[0] == 1 and wanted:
+        out = w._map(lambda t: aten.squeeze.dim(t, 0))
+    elif len(args) == 2 and w.shape[args[1]] != 1:
+        out = w._map(aten.alias.default)
+    else:
+        raise MisdispatchError(
+            f"squeeze{tuple(args[1:])} of a {type(w).__name__} {tuple(w.shape)}: only [1, N, K] "
+            "becomes [N, K]; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_implements([aten.copy_.default])
+def _copy(func, types, args, kwargs):
+    target, source = args[:2]
+    if type(source) is not type(target):
+        raise MisdispatchError(
+            f"copy_ of a {type(source).__name__} into a {type(target).__name__}: quantise or "
+            "dequantise it first"
+        )
+    target._check()
+    source._check()
+    for name in (*target.tensor_attribute_names, *target.optional_tensor_attribute_names):
+        if getattr(target, name) != getattr(source, name):
+            raise PackingError(
+                name, getattr(source, name), f"{getattr(target, name)}, as the target"
+            )
+    if target.shape != source.shape:
+        raise PackingError("shape", tuple(source.shape), f"{tuple(target.shape)}, as the target")
+    if target.zero_point is None and source.zero_point is not None:
+        raise PackingError("zero_point", "a tensor", "None (symmetric), as the target")
+    target.qdata.copy_(source.qdata)
+    target.scale.copy_(source.scale)
+    if target.zero_point is not None:
+        target.zero_point.copy_(source._explicit_zero_point())
+    return target
+
+
+@_implements([aten._to_copy.default])
+def _to_copy(func, types, args, kwargs):
+    w = args[0]
+    to = w._get_to_kwargs(*args[1:], **kwargs)
+    device, dtype, non_blocking = to["device"], to["dtype"], to["non_blocking"]
+    if dtype not in SCALE_DTYPES:
+        raise Unsupported(f"a {type(w).__name__} cannot become {dtype}; give one of {SCALE_DTYPES}")
+    w._check()
+
+    def move(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        if t is None:
+            return None
+        return t.to(device, dtype=dtype or t.dtype, non_blocking=non_blocking, copy=True)
+
+    return w._with(qdata=move(w.qdata), scale=move(w.scale, dtype), zero_point=move(w.zero_point))
+
+
+@_implements([aten._pin_memory.default])
+def _pin_memory(func, types, args, kwargs):
+    return args[0]._map(lambda t: t.pin_memory())
+
+
+@_implements([aten.is_pinned.default])
+def _is_pinned(func, types, args, kwargs):
+    return args[0].qdata.is_pinned()
+
+
+def _set_data(func, types, args, kwargs):
+    """`param.data = other`: the fields move along, so that no stale weight stays behind."""
+    target, source = args
+    if type(source) is not type(target):
+        raise MisdispatchError(
+            f"a {type(source).__name__} assigned to the data of a {type(target).__name__}; assign a "
+            "new Parameter instead"
+        )
+    source._check()
+    with torch._C.DisableTorchFunctionSubclass():
+        func(target, source)
+    for name in (
+        *target.tensor_data_names,
+        *target.tensor_attribute_names,
+        *target.optional_tensor_data_names,
+        *target.optional_tensor_attribute_names,
+    ):
+        setattr(target, name, getattr(source, name))
+
+
+_function_handlers.append(([torch.Tensor.data.__set__], _set_data))
