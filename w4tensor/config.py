@@ -15,7 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 from w4tensor.errors import Unsupported
 from w4tensor.layout import check_group_size
 from w4tensor.ops import check_act_group_size
-from w4tensor.quantize import ALGORITHMS
+from w4tensor.quantize import ALGORITHMS, Algorithm
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
 
 __all__ = ["MIN_OUT_FEATURES", "REASONS_ATTRIBUTE", "W4ActQuantConfig", "W4CoalescedConfig"]
@@ -44,7 +44,7 @@ class W4CoalescedConfig(AOBaseConfig):
     """
 
     group_size: int = 128
-    algorithm: str = "symmetric"
+    algorithm: Algorithm = "symmetric"
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -92,19 +92,18 @@ def _quantize_parameter(
     """Replace one parameter of `module` by its int4 tensor, or note on the module why not."""
     if module._parameters.get(parameter_name) is None:
         return module
-    reason = _why_not(module, parameter_name, config)
+    reason = _why_not(module, parameter_name, config) or _why_tied(module, parameter_name)
     if reason is not None:
         reasons = module.__dict__.setdefault(REASONS_ATTRIBUTE, {})
         reasons[parameter_name] = reason
         return module
-    quantised = config._quantize(weight)
+    quantised = config._quantize(getattr(module, parameter_name))
     module._parameters[parameter_name] = nn.Parameter(quantised, requires_grad=False)
     return module
 
 
 def _why_not(module: nn.Module, name: str, config: W4CoalescedConfig) -> str | None:
-    tied = _owners(module, name) > 1
-    weight = module._parameters[name]
+    weight = getattr(module, name)
     if isinstance(weight, TorchAOBaseTensor):
         return f"already quantised ({type(weight).__name__})"
     if weight.ndim not in (2, 3) or (weight.ndim == 2 and not isinstance(module, nn.Linear)):
@@ -118,7 +117,11 @@ def _why_not(module: nn.Module, name: str, config: W4CoalescedConfig) -> str | N
         check_group_size(config.group_size, k)
     except Unsupported as error:
         return str(error)
-    if weight.ndim == 2 and tied:
+    return None
+
+
+def _why_tied(module: nn.Module, name: str) -> str | None:
+    if getattr(module, name).ndim == 2 and _owners(module, name) > 1:
         return "tied: another module holds the same parameter and would lose it"
     return None
 
