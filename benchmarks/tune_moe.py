@@ -2,25 +2,27 @@
 
     python -m benchmarks.tune_moe --shapes qwen3.5-35b-a3b --tokens 1,4,16,64 --out tune_moe.jsonl
 
-Candidates are compiled, and run once, by as many processes as there are cores; one that fails or
-crashes there is left out here. Both products are then timed apart, in CUDA graphs that rotate
-through routings and copies of the layer, and the best of each together as whole blocks, with and
-without programmatic dependent launch. Every candidate is checked against the definition, twice, for
-equal bits. Rows go to --out as JSON lines; needs a CUDA device.
+Both products of a block are timed apart, in CUDA graphs that rotate through routings and copies of
+the layer; then the best of each together as whole blocks, with and without programmatic dependent
+launch, next to the plan that dispatch has today. Before either, all that will run is compiled, and
+run once, by as many processes as there are cores: what fails or crashes there is left out. Blocks
+are checked against the definition, and for equal bits. Rows go to --out as JSON lines. Needs a CUDA
+device.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +33,15 @@ from benchmarks import timing
 from w4tensor import arch, moe
 from w4tensor.dispatch import KWIDTH_2_EVERYWHERE
 from w4tensor.dispatch_experts import (
+    ActQuantGroupedPlan,
     ExpertsPlan,
     ExpertsProblem,
     GroupedPlan,
     PairsPlan,
     plan_experts,
 )
-from w4tensor.layout import COALESCED
+from w4tensor.kernels.routing import route
+from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
 from w4tensor.testing import (
     MOE_REL_ERR_BUDGET,
@@ -49,28 +53,36 @@ from w4tensor.testing import (
     rel_err,
 )
 
-Plan = PairsPlan | GroupedPlan
+Plan = PairsPlan | GroupedPlan | ActQuantGroupedPlan
+# a plan of the first or the second product, or of the block
+Job = tuple[str, str, Plan | ExpertsPlan]
+# (microseconds, plan) of the first and of the second product, fastest first
+Ranking = tuple[list[tuple[float, Plan]], list[tuple[float, Plan]]]
 
+PRODUCTS = ("first", "second")
 # pairs above which weights would be read too often for the pairs path to be worth a try
 TRY_PAIRS_UP_TO = 256
+# pairs up to which sorting them cannot pay
+TRY_GROUPED_FROM = 16
+TILES_OF_TOKENS = (8, 16, 32, 64, 128)
 SHARED_BYTES = 227 << 10
-# of each product, how many of the best are tried in whole blocks
-FINALISTS = 3
+SHOWN = 3
+# 36 dB of signal to noise
+ACT_QUANT_ERR = 10 ** (-36 / 20)
 
 
 def pairs_candidates(top_k: int, k: int, kwidth: int) -> Iterator[PairsPlan]:
-    """Warps from 4 to 16, with as much of K a step as there is and registers hold."""
+    """Four to sixteen warps, with as much of K a step as there is and registers hold."""
     blocks_of_k = -(-k // 128)
     for slots, slices, tiles, blocks in itertools.product(
         (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4)
     ):
         step = slices * blocks
-        whole = step >= blocks_of_k
         if not 4 <= slots * slices <= 16 or slots >= 2 * top_k or tiles * blocks > 4:
             continue
         if step >= 2 * blocks_of_k and step > 1:
             continue
-        for prefetch in (False,) if whole else (False, True):
+        for prefetch in (False,) if step >= blocks_of_k else (False, True):
             yield PairsPlan(slots, slices, tiles, blocks, kwidth, prefetch)
 
 
@@ -84,288 +96,293 @@ def grouped_candidates(block_m: int, kwidth: int) -> Iterator[GroupedPlan]:
         if block_m >= 16 and not wgmma:
             continue
         for after in (True, False):
-            # two accumulators, or weights that are multiplied for few tokens
+            # two sets of sums, or weights that are multiplied for few tokens
             if (after and sums > 64) or (not after and block_m <= 16):
                 continue
             order = 2 if wgmma else kwidth
             yield GroupedPlan(block_m, block_n, after, order, warps, stages)
 
 
-def block_ms(problem: ExpertsProblem) -> list[int]:
-    """Tiles of tokens on either side of the mean rows of an expert."""
-    sizes = (8, 16, 32, 64, 128)
-    at = next((i for i, m in enumerate(sizes) if problem.rows_an_expert <= m), len(sizes) - 1)
-    return list(sizes[max(0, at - 1) : at + 2])
+def act_quant_candidates(block_m: int, kwidth: int) -> Iterator[ActQuantGroupedPlan]:
+    for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5)):
+        sums = block_m * block_n // (32 * warps)
+        shared = stages * (block_n * 64 + block_m * 128)
+        if block_n < 16 * warps or sums > 64 or shared > SHARED_BYTES:
+            continue
+        # int8 operands hold twice as many k: the same two orders, under twice the number
+        order = 4 if block_m >= 16 else 2 * kwidth
+        yield ActQuantGroupedPlan(block_m, block_n, order, warps, stages)
 
 
-class Layer:
-    """Weights of a block, in copies that together are larger than the cache."""
-
-    def __init__(self, shape: MoeShape, dtype: torch.dtype, copies: int | None = None):
-        self.shape = shape
-        options = dict(group_size=shape.group_size, dtype=dtype, device="cuda")
-        self.codes = (
-            random_codes(shape.experts, 2 * shape.inter, shape.hidden, **options),
-            random_codes(shape.experts, shape.hidden, shape.inter, seed=1, **options),
-        )
-        nbytes = sum(codes.nbytes for codes in self.codes)
-        first = tuple(_stack(codes) for codes in self.codes)
-        n = timing.n_copies(nbytes) if copies is None else copies
-        self.stacks = [first, *(tuple(map(_clone, first)) for _ in range(n - 1))]
-        self.expert_bytes = nbytes / shape.experts
-        self.dtype = dtype
-
-
-class Load:
-    """`tokens` tokens, with enough routings that a graph of them reads more than the cache."""
-
-    def __init__(self, layer: Layer, tokens: int):
-        shape = layer.shape
-        sizes = shape.experts, shape.hidden, shape.inter
-        self.layer = layer
-        self.problem = ExpertsProblem(tokens, shape.top_k, *sizes, shape.group_size)
-        self.x = torch.randn(tokens, shape.hidden, device="cuda", dtype=layer.dtype)
-        pairs = self.problem.pairs
-        hit = pairs / self.problem.rows_an_expert
-        n = timing.n_copies(int(hit * layer.expert_bytes))
-        self.routings = [
-            random_routing(tokens, shape.experts, shape.top_k, device="cuda", seed=seed)
-            for seed in range(n)
-        ]
-        self.h = torch.randn(pairs, shape.inter, device="cuda", dtype=layer.dtype)
-
-    def stacks(self) -> Iterator[tuple[Stack, Stack]]:
-        return itertools.cycle(self.layer.stacks)
-
-    def first(self, plan: Plan, second: Plan | None = None) -> list[Callable]:
-        both = ExpertsPlan(plan, second or plan)
-        return [
-            lambda r=r, s=s: moe.first_product(self.x, *r, s[0], both, "halves", "silu")
-            for r, s in zip(self.routings, self.stacks(), strict=False)
-        ]
-
-    def second(self, plan: Plan) -> list[Callable]:
-        both = ExpertsPlan(plan, plan)
-        calls = []
-        for r, s in zip(self.routings, self.stacks(), strict=False):
-            routing = moe.first_product(self.x, *r, s[0], both, "halves", "silu")[1]
-            calls.append(lambda t=routing, s=s: moe.second_product(self.h, t, s[1], both))
-        return calls
-
-    def block(self, plan: ExpertsPlan) -> list[Callable]:
-        return [
-            lambda r=r, s=s: moe.experts(self.x, *r, *s, plan)
-            for r, s in zip(self.routings, self.stacks(), strict=False)
-        ]
-
-    def expected(self) -> Tensor:
-        """The definition in fp32, expert by expert, for the first routing."""
-        ids, weight = self.routings[0]
-        y = torch.zeros(self.x.shape, dtype=torch.float32, device="cuda")
-        for e in ids.unique().tolist():
-            token, slot = (ids == e).nonzero(as_tuple=True)
-            w1, w2 = (_expert(codes, e) for codes in self.layer.codes)
-            gate, up = (self.x[token].float() @ w1.mT).chunk(2, dim=-1)
-            out = (F.silu(gate) * up) @ w2.mT
-            y.index_add_(0, token, weight[token, slot, None] * out)
-        return y
-
-
-def _stack(codes: Int4Codes) -> Stack:
-    return Stack(COALESCED.pack(codes.q), codes.scale, codes.zero_point, codes.group_size)
-
-
-def _clone(stack: Stack) -> Stack:
-    return stack._replace(qdata=stack.qdata.clone(), scale=stack.scale.clone())
-
-
-def _expert(codes: Int4Codes, e: int) -> Tensor:
-    zero = None if codes.zero_point is None else codes.zero_point[e]
-    return Int4Codes(codes.q[e], codes.scale[e], zero).dequantize()
-
-
-def candidates(problem: ExpertsProblem) -> tuple[list[Plan], list[Plan]]:
+def candidates(problem: ExpertsProblem, kwidth: int) -> tuple[list[Plan], list[Plan]]:
     """Plans of the first and of the second product."""
-    target = arch.current()
-    assert target is not None
-    kwidth = 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
+    grouped = grouped_candidates if problem.act_group_size is None else act_quant_candidates
     first: list[Plan] = []
     second: list[Plan] = []
     if problem.pairs <= TRY_PAIRS_UP_TO:
         first += pairs_candidates(1, problem.hidden, kwidth)
         second += pairs_candidates(problem.top_k, problem.inter, kwidth)
-    if problem.pairs > 16:
-        for block_m in block_ms(problem):
-            first += grouped_candidates(block_m, kwidth)
-            second += grouped_candidates(block_m, kwidth)
+    if problem.pairs >= TRY_GROUPED_FROM:
+        # tiles on either side of the mean rows of an expert
+        mean = problem.rows_an_expert
+        last = len(TILES_OF_TOKENS) - 1
+        at = next((i for i, m in enumerate(TILES_OF_TOKENS) if mean <= m), last)
+        for block_m in TILES_OF_TOKENS[max(0, at - 1) : at + 2]:
+            first += grouped(block_m, kwidth)
+            second += grouped(block_m, kwidth)
     return first, second
 
 
-def compile_some(options: argparse.Namespace, worker: int, workers: int) -> None:
-    """Run every workers-th candidate once, and write down which came back."""
-    torch.cuda.init()
-    for shape in shapes_of(options):
-        layer = Layer(shape, torch.bfloat16, copies=1)
-        done = set()
-        for tokens in tokens_of(options, shape):
-            load = Load(layer, tokens)
-            for i, plans in enumerate(candidates(load.problem)):
-                for number, plan in enumerate(plans):
-                    # the same kernel, whatever the number of tokens
-                    if number % workers != worker or (i, plan) in done:
-                        continue
-                    done.add((i, plan))
-                    try:
-                        call = (load.second if i else load.first)(plan)[0]
-                        call()
-                        torch.cuda.synchronize()
-                    except Exception as error:
-                        print(f"{shape.model} {plan}: {str(error)[:200]}", flush=True)
-                        continue
-                    with open(options.log, "a") as log:
-                        log.write(f"{shape.model} {i} {plan}\n")
-        del layer, load
-        torch.cuda.empty_cache()
+def finalists(ranking: Ranking) -> Iterator[ExpertsPlan]:
+    """The best of each kind and tile together, and with dependent launches."""
+
+    def best(product: int, block_m: int | None, count: int) -> list[Plan]:
+        """Of the plans with a tile of block_m tokens, or of pairs, which have none."""
+        plans = [plan for _, plan in ranking[product]]
+        return [p for p in plans if getattr(p, "block_m", None) == block_m][:count]
+
+    for a, b in itertools.product(best(0, None, 2), best(1, None, 2)):
+        yield ExpertsPlan(a, b)
+        yield ExpertsPlan(replace(a, pdl="first"), replace(b, pdl="second"))
+    for block_m in TILES_OF_TOKENS:
+        tiles = best(0, block_m, 2)
+        for a, b in itertools.product(tiles, best(1, block_m, 2)):
+            yield ExpertsPlan(a, b)
+        for a, b in itertools.product(tiles[:1], best(1, block_m, 1)):
+            yield ExpertsPlan(replace(a, pdl=True), replace(b, pdl=True))
+        for a, b in itertools.product(tiles[:1], best(1, None, 1)):
+            yield ExpertsPlan(a, b)
 
 
-def compile_all(options: argparse.Namespace) -> set[str]:
-    """Lines `model product plan` of the candidates that compiled and ran."""
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    log = Path(tempfile.mkdtemp()) / "compiled"
-    log.touch()
-    command = [sys.executable, "-m", "benchmarks.tune_moe", "--shapes", options.shapes]
-    command += ["--tokens", options.tokens, "--log", str(log)]
-    outputs = [open(log.with_name(f"worker{i}"), "w") for i in range(workers)]
-    processes = [
-        subprocess.Popen([*command, "--worker", f"{i}/{workers}"], stdout=out, stderr=out)
-        for i, out in enumerate(outputs)
-    ]
-    end = time.monotonic() + options.compile_seconds
-    for process in processes:
+class Layer:
+    """Weights of a block, in copies that together are larger than the cache."""
+
+    def __init__(self, shape: MoeShape, act_group_size: int | None, copies: int | None = None):
+        self.shape = shape
+        self.act_group_size = act_group_size
+        options = dict(group_size=shape.group_size, dtype=torch.bfloat16, device="cuda")
+        self.codes = (
+            random_codes(shape.experts, 2 * shape.inter, shape.hidden, **options),
+            random_codes(shape.experts, shape.hidden, shape.inter, seed=1, **options),
+        )
+        self.nbytes = sum(codes.nbytes for codes in self.codes)
+        layout = COALESCED if act_group_size is None else ACT_QUANT
+        stacks = tuple(
+            Stack(layout.pack(c.q), c.scale, None, c.group_size, None, act_group_size)
+            for c in self.codes
+        )
+        copies = timing.n_copies(self.nbytes) if copies is None else copies
+        self.stacks = [stacks]
+        for _ in range(copies - 1):
+            copy = (s._replace(qdata=s.qdata.clone(), scale=s.scale.clone()) for s in stacks)
+            self.stacks.append(tuple(copy))
+
+
+class Load:
+    """`tokens` tokens, with enough routings that a graph of them reads more than the cache."""
+
+    def __init__(self, layer: Layer, tokens: int, routings: int | None = None):
+        shape = layer.shape
+        self.layer = layer
+        self.problem = problem_of(shape, tokens, layer.act_group_size)
+        pairs = self.problem.pairs
+        if routings is None:
+            hit = pairs / self.problem.rows_an_expert
+            routings = timing.n_copies(int(layer.nbytes * hit / shape.experts))
+        options = dict(device="cuda", dtype=torch.bfloat16)
+        self.x = torch.randn(tokens, shape.hidden, **options)
+        self.h = torch.randn(pairs, shape.inter, **options)
+        layers = itertools.cycle(layer.stacks)
+        # (ids, weight, gate_up, down) of every call of a graph
+        self.turns = [
+            (*random_routing(tokens, shape.experts, shape.top_k, device="cuda", seed=i), *stacks)
+            for i, stacks in zip(range(routings), layers, strict=False)
+        ]
+
+    def calls(self, what: str, plan: Plan | ExpertsPlan) -> list[Callable[[], object]]:
+        if isinstance(plan, ExpertsPlan):
+            return [lambda turn=turn: moe.experts(self.x, *turn, plan) for turn in self.turns]
+        both = ExpertsPlan(plan, plan)
+        if what == "first":
+            return [
+                lambda turn=turn: moe.first_product(self.x, *turn[:3], both, "halves", "silu")
+                for turn in self.turns
+            ]
+        calls = []
+        for ids, weight, _, down in self.turns:
+            order = tiles = None
+            if not isinstance(plan, PairsPlan):
+                order, _, tiles = route(ids, self.problem.experts, plan.block_m)
+            routing = moe.Routing(ids, weight, order, tiles)
+            calls.append(
+                lambda routing=routing, down=down: moe.second_product(self.h, routing, down, both)
+            )
+        return calls
+
+    def expected(self) -> Tensor:
+        """The definition in fp32, expert by expert, for the first turn."""
+        ids, weight = self.turns[0][:2]
+        y = torch.zeros(self.x.shape, dtype=torch.float32, device="cuda")
+        for e in ids.unique().tolist():
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            w1, w2 = (Int4Codes(c.q[e], c.scale[e], None).dequantize() for c in self.layer.codes)
+            gate, up = (self.x[token].float() @ w1.mT).chunk(2, dim=-1)
+            y.index_add_(0, token, weight[token, slot, None] * ((F.silu(gate) * up) @ w2.mT))
+        return y
+
+
+def problem_of(shape: MoeShape, tokens: int, act_group_size: int | None) -> ExpertsProblem:
+    sizes = shape.experts, shape.hidden, shape.inter
+    return ExpertsProblem(tokens, shape.top_k, *sizes, shape.group_size, act_group_size)
+
+
+def rule_of(problem: ExpertsProblem) -> ExpertsPlan:
+    """What dispatch has today."""
+    target = arch.current()
+    assert target is not None
+    plan = plan_experts(problem, target)
+    assert plan is not None
+    return plan
+
+
+def run_jobs(path: Path, worker: int, workers: int, act_group_size: int | None) -> None:
+    """Run every workers-th job once, and write down which came back."""
+    jobs: dict[Job, int] = pickle.loads(path.read_bytes())
+    layer = None
+    for number, ((model, what, plan), tokens) in enumerate(jobs.items()):
+        if number % workers != worker:
+            continue
+        if layer is None or layer.shape.model != model:
+            layer = None
+            shape = next(shape for shape in MOE_SHAPES if shape.model == model)
+            layer = Layer(shape, act_group_size, copies=1)
         try:
-            process.wait(max(0.1, end - time.monotonic()))
+            Load(layer, tokens, routings=1).calls(what, plan)[0]()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{what} {plan}: {str(error)[:300]}", flush=True)
+            continue
+        with open(path.with_suffix(".done"), "a") as done:
+            done.write(f"{number}\n")
+
+
+def compile_jobs(jobs: dict[Job, int], options: argparse.Namespace) -> set[Job]:
+    """Those of `jobs` (job -> tokens to run it with) that compiled and ran."""
+    started = time.monotonic()
+    workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
+    path = Path(tempfile.mkdtemp()) / "jobs"
+    path.write_bytes(pickle.dumps(jobs))
+    done = path.with_suffix(".done")
+    done.touch()
+    processes = []
+    for i in range(workers):
+        command = [sys.executable, "-m", "benchmarks.tune_moe", "--worker", f"{path},{i},{workers}"]
+        if options.act_group_size is not None:
+            command += ["--act-group-size", str(options.act_group_size)]
+        with open(path.with_suffix(f".{i}"), "w") as out:
+            processes.append(subprocess.Popen(command, stdout=out, stderr=out))
+    for i, process in enumerate(processes):
+        try:
+            process.wait(max(0.1, started + options.compile_seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-    failed = [i for i, process in enumerate(processes) if process.wait() != 0]
-    for i in failed[:3]:
-        print(f"worker {i}:", log.with_name(f"worker{i}").read_text()[-600:])
-    return set(log.read_text().splitlines())
+        log = path.with_suffix(f".{i}").read_text()
+        if process.wait() != 0 or "Error" in log:
+            print(f"worker {i}, exit {process.returncode}:", log[-500:], flush=True)
+    names = list(jobs)
+    finished = {names[int(line)] for line in done.read_text().split()}
+    spent = time.monotonic() - started
+    print(f"compiled {len(finished)} of {len(jobs)} in {spent:.0f} s", flush=True)
+    return finished
 
 
-def timed(calls: list[Callable], seconds: float) -> float:
-    return timing.graph_time(calls, seconds).us
-
-
-def tune(options: argparse.Namespace, layer: Layer, tokens: int, compiled: set[str]) -> None:
-    load = Load(layer, tokens)
-    shape, expected = layer.shape, load.expected()
-    best: list[list[tuple[float, Plan]]] = []
-    for i, plans in enumerate(candidates(load.problem)):
-        rows = []
-        for plan in plans:
-            if f"{shape.model} {i} {plan}" not in compiled:
-                continue
-            us = timed((load.second if i else load.first)(plan), options.graph_seconds)
-            rows.append((us, plan))
-            write(options, shape, tokens, ("first", "second")[i], us, plan)
+def tune_products(options: argparse.Namespace, load: Load, compiled: set[Job]) -> Ranking:
+    model, tokens = load.layer.shape.model, load.problem.tokens
+    ranking: Ranking = ([], [])
+    plans = candidates(load.problem, kwidth())
+    for what, rows, tried in zip(PRODUCTS, ranking, plans, strict=True):
+        for plan in tried:
+            if (model, what, plan) in compiled:
+                us = timing.graph_time(load.calls(what, plan), options.graph_seconds).us
+                rows.append((us, plan))
+                write(options, model, tokens, what, us, plan)
         rows.sort(key=lambda row: row[0])
-        best.append(rows)
-        for us, plan in rows[:FINALISTS]:
-            print(f"  {('first', 'second')[i]:6s} {us:8.2f} us  {plan}", flush=True)
+        for us, plan in rows[:SHOWN]:
+            print(f"  {what:6s} {us:8.2f} us  {plan}", flush=True)
+    return ranking
 
+
+def tune_blocks(options: argparse.Namespace, load: Load, plans: list[ExpertsPlan]) -> None:
+    model, tokens = load.layer.shape.model, load.problem.tokens
+    expected = load.expected()
+    rule = rule_of(load.problem)
     results = []
-    for plan in finalists(*best):
+    for plan in dict.fromkeys([*plans, rule]):
         try:
-            us, error = whole(load, plan, expected, options.graph_seconds)
+            us, error = time_block(load, plan, expected, options.graph_seconds)
         except Exception as failure:
-            print(f"  failed: {plan}: {str(failure)[:200]}", flush=True)
+            print(f"  FAILED {plan}: {str(failure)[:200]}", flush=True)
             continue
-        write(options, shape, tokens, "block", us, plan, error)
+        write(options, model, tokens, "block", us, plan, error)
         results.append((us, error, plan))
     results.sort(key=lambda row: row[0])
-    for us, error, plan in results[:FINALISTS]:
-        print(f"  block  {us:8.2f} us  err {error:.1e}  {plan}", flush=True)
-    rule = plan_experts(load.problem, arch.current())
-    assert rule is not None
-    us, error = whole(load, rule, expected, options.graph_seconds)
-    write(options, shape, tokens, "rule", us, rule, error)
-    print(f"  rule   {us:8.2f} us  err {error:.1e}  {rule.name}", flush=True)
+    shown = [row for at, row in enumerate(results) if at < SHOWN or row[2] == rule]
+    for us, error, plan in shown:
+        what = "rule" if plan == rule else "block"
+        print(f"  {what:6s} {us:8.2f} us  err {error:.1e}  {plan}", flush=True)
 
 
-def whole(load: Load, plan: ExpertsPlan, expected: Tensor, seconds: float) -> tuple[float, float]:
+def time_block(
+    load: Load, plan: ExpertsPlan, expected: Tensor, seconds: float
+) -> tuple[float, float]:
     """Microseconds and error of a block; raises where two runs differ or the error is too large."""
-    calls = load.block(plan)
-    y = calls[0]()
-    if not torch.equal(y, calls[0]()):
-        raise RuntimeError("two runs differ")
+    calls = load.calls("block", plan)
+    y = moe.experts(load.x, *load.turns[0], plan)
     error = rel_err(y, expected)
-    if not error < MOE_REL_ERR_BUDGET:
+    if not error < (MOE_REL_ERR_BUDGET if load.layer.act_group_size is None else ACT_QUANT_ERR):
         raise RuntimeError(f"error {error:.1e}")
-    us = timed(calls, seconds)
-    if not torch.equal(y, calls[0]()):
-        raise RuntimeError("a run after the graph differs")
+    us = timing.graph_time(calls, seconds).us
+    if not torch.equal(y, moe.experts(load.x, *load.turns[0], plan)):
+        raise RuntimeError("two runs differ")
     return us, error
 
 
-def finalists(
-    first: list[tuple[float, Plan]], second: list[tuple[float, Plan]]
-) -> Iterator[ExpertsPlan]:
-    """The best of each kind and block_m together, each also with dependent launches."""
-
-    def of(rows: list[tuple[float, Plan]], kind: type, block_m: int | None) -> list[Plan]:
-        found = [p for _, p in rows if isinstance(p, kind)]
-        return [p for p in found if block_m is None or getattr(p, "block_m", None) == block_m]
-
-    for a, b in itertools.product(of(first, PairsPlan, None)[:2], of(second, PairsPlan, None)[:2]):
-        yield ExpertsPlan(a, b)
-        yield ExpertsPlan(
-            dataclasses.replace(a, pdl="first"), dataclasses.replace(b, pdl="second")
-        )
-    for block_m in (8, 16, 32, 64, 128):
-        rows = of(first, GroupedPlan, block_m)[:2]
-        for a, b in itertools.product(rows, of(second, GroupedPlan, block_m)[:2]):
-            yield ExpertsPlan(a, b)
-            yield ExpertsPlan(dataclasses.replace(a, pdl=True), dataclasses.replace(b, pdl=True))
-        for a, b in itertools.product(rows[:1], of(second, PairsPlan, None)[:1]):
-            yield ExpertsPlan(a, b)
+def kwidth() -> int:
+    target = arch.current()
+    assert target is not None
+    return 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
 
 
 def write(
     options: argparse.Namespace,
-    shape: MoeShape,
+    model: str,
     tokens: int,
     what: str,
     us: float,
     plan: Plan | ExpertsPlan,
     error: float | None = None,
 ) -> None:
-    row = dict(model=shape.model, tokens=tokens, what=what, us=round(us, 2), error=error)
-    row["plan"] = dataclasses.asdict(plan)
+    row = dict(model=model, tokens=tokens, act_group_size=options.act_group_size, what=what)
+    row |= dict(us=round(us, 2), error=error, plan=asdict(plan))
     with open(options.out, "a") as out:
         out.write(json.dumps(row) + "\n")
-
-
-def shapes_of(options: argparse.Namespace) -> list[MoeShape]:
-    wanted = set(options.shapes.split(","))
-    return [shape for shape in MOE_SHAPES if wanted & {shape.model, "all"}]
-
-
-def tokens_of(options: argparse.Namespace, shape: MoeShape) -> list[int]:
-    return [int(t) for t in options.tokens.split(",") if t] or list(shape.tokens)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="qwen3.5-35b-a3b", help="models of MOE_SHAPES, or all")
+    known = ", ".join(shape.model for shape in MOE_SHAPES)
+    parser.add_argument("--shapes", default="all", help=f"all or models of {known}")
     parser.add_argument("--tokens", default="", help="instead of each layer's own numbers")
     parser.add_argument("--out", type=Path, default=Path("tune_moe.jsonl"))
-    parser.add_argument("--seconds", type=float, default=400, help="start no problem after these")
-    parser.add_argument("--compile-seconds", type=float, default=150)
-    parser.add_argument("--graph-seconds", type=float, default=0.01)
+    parser.add_argument("--seconds", type=float, default=500, help="start no problem after these")
+    parser.add_argument("--compile-seconds", type=float, default=150, help="of each of two rounds")
+    parser.add_argument("--graph-seconds", type=float, default=0.01, help="timing of a candidate")
+    parser.add_argument(
+        "--act-group-size", type=int, help="int8 activations: 32, 64, 128 or -1, per token"
+    )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -374,18 +391,49 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("tune_moe times kernels and needs a CUDA device")
     if options.worker:
-        return compile_some(options, *map(int, options.worker.split("/")))
+        path, worker, workers = options.worker.split(",")
+        return run_jobs(Path(path), int(worker), int(workers), options.act_group_size)
     started = time.monotonic()
-    compiled = compile_all(options)
-    print(f"{len(compiled)} candidates in {time.monotonic() - started:.0f} s", flush=True)
-    for shape in shapes_of(options):
-        layer = Layer(shape, torch.bfloat16)
-        for tokens in tokens_of(options, shape):
+    wanted = set(options.shapes.split(","))
+    shapes = [shape for shape in MOE_SHAPES if wanted & {shape.model, "all"}]
+    tokens = {
+        shape.model: [int(t) for t in options.tokens.split(",") if t] or shape.tokens
+        for shape in shapes
+    }
+    jobs: dict[Job, int] = {}
+    for shape in shapes:
+        for count in tokens[shape.model]:
+            plans = candidates(problem_of(shape, count, options.act_group_size), kwidth())
+            for what, tried in zip(PRODUCTS, plans, strict=True):
+                for plan in tried:
+                    jobs.setdefault((shape.model, what, plan), count)
+    compiled = compile_jobs(jobs, options)
+
+    blocks: dict[tuple[str, int], list[ExpertsPlan]] = {}
+    for shape in shapes:
+        layer = Layer(shape, options.act_group_size)
+        for count in tokens[shape.model]:
             if time.monotonic() - started > options.seconds:
-                print(f"out of time before {shape.model} {tokens}")
-                return
-            print(f"{shape.name}, {tokens} tokens", flush=True)
-            tune(options, layer, tokens, compiled)
+                print(f"out of time before {shape.model} {count}")
+                break
+            print(f"{shape.name}, {count} tokens: products", flush=True)
+            ranking = tune_products(options, Load(layer, count), compiled)
+            blocks[shape.model, count] = list(finalists(ranking))
+        del layer
+        torch.cuda.empty_cache()
+    jobs = {}
+    for (model, count), plans in blocks.items():
+        shape = next(shape for shape in shapes if shape.model == model)
+        for plan in [*plans, rule_of(problem_of(shape, count, options.act_group_size))]:
+            jobs.setdefault((model, "block", plan), count)
+    compiled = compile_jobs(jobs, options)
+    for shape in shapes:
+        layer = Layer(shape, options.act_group_size)
+        for count in tokens[shape.model]:
+            plans = blocks.get((shape.model, count), [])
+            print(f"{shape.name}, {count} tokens: blocks", flush=True)
+            ran = [plan for plan in plans if (shape.model, "block", plan) in compiled]
+            tune_blocks(options, Load(layer, count), ran)
         del layer
         torch.cuda.empty_cache()
 

@@ -6,8 +6,38 @@ stated here once. Needs no GPU, no torch and no triton.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from w4tensor.errors import Unsupported
+
+__all__ = [
+    "ActQuantPlan",
+    "Arch",
+    "DecodePlan",
+    "DequantPlan",
+    "GemmPlan",
+    "Plan",
+    "Problem",
+    "ReferencePlan",
+    "plan",
+]
+
+# up to here kernels/decode.py reads every weight word once and the time is theirs; above it, wgmma
+# needs fewer instructions for 16 tokens than two mma.sync of 8 (measured: 26 against 34 us)
+DECODE_MAX_M = 8
+# rows up to which a decode program takes 8 of them instead of 16
+DECODE_NARROW_N = 4096
+WARPS_PER_SM = 12
+# half of a Hopper's L2
+WORKSPACE_BYTES = 32 << 20
+ACT_QUANT_DECODE_MAX_M = 16
+# bf16 tensor cores, cp.async
+MIN_CAPABILITY = (8, 0)
+HOPPER = 9
+# the release from which Triton wants kWidth 2 for mma.sync too
+KWIDTH_2_EVERYWHERE = (3, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +47,31 @@ class Arch:
     capability: tuple[int, int]
     num_sms: int
     triton: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile of kernels/gemm.py for up to `max_m` tokens; split K makes programs_per_sm of them."""
+
+    max_m: float
+    block_m: int
+    block_n: int
+    num_stages: int
+    programs_per_sm: int = 1
+
+
+# the best of benchmarks/tune.py on an H200; beside each, us at 28672 x 4096, group 128, bf16
+HOPPER_TILES = (
+    Tile(16, 16, 64, 4, programs_per_sm=2),  # M = 16: 26.1
+    Tile(32, 32, 128, 5, programs_per_sm=2),  # M = 32: 28.8
+    Tile(64, 64, 128, 5),  # M = 64: 34.3
+    Tile(math.inf, 128, 64, 3),  # M = 128: 55.8, 256: 109.2, 512: 198.4
+)
+# not measured: what lowers without a spill for sm_80
+AMPERE_TILES = (
+    Tile(16, 16, 64, 4, programs_per_sm=2),
+    Tile(math.inf, 64, 64, 3),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +90,80 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Few tokens: weight-stationary, K in `split_k` slices; partial sums are added in order."""
+    """One launch of kernels/decode.py: weights go straight to registers, warps take turns along K.
+
+    Fields:
+        block_m, block_n: tokens (8 or 16) and rows of a program.
+        block_k: the step of one warp; a program's is num_warps times that, and holds whole groups.
+        split_k: programs along K. kwidth: order of k in the operand (kernels/unpack.py).
+        x_ahead: x is loaded a step ahead, as weights are. evict: eviction policy of the weights.
+        pdl: start under programmatic dependent launch, before the kernel ahead is done.
+    """
 
     block_m: int
     block_n: int
     block_k: int
-    split_k: int
     num_warps: int
-    num_stages: int
+    split_k: int
     kwidth: int
+    x_ahead: bool = False
+    evict: Literal["", "evict_first"] = ""
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.block_m}x{self.block_n}/{self.num_warps * self.split_k}"
 
 
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
-    """Many tokens: weights are unpacked in registers and multiplied by the matrix unit."""
+    """One launch of kernels/gemm.py: tile, slices of K, and where the scales are applied.
+
+    Fields:
+        block_m, block_n: tokens and rows of a program. group_n: row tiles that share x in L2.
+        split_k: slices of K. kwidth: order of k in the operand (kernels/unpack.py).
+        x_tma: x comes by the tensor memory accelerator where its rows allow it (Hopper).
+        maxnreg: registers a thread at most, so that two programs share a multiprocessor; 0: any.
+    """
 
     block_m: int
     block_n: int
-    block_k: int
+    group_n: int
+    split_k: int
+    scale_after: bool
+    kwidth: int
     num_warps: int
     num_stages: int
+    x_tma: bool = False
+    maxnreg: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantPlan:
+    """Activations quantised in one launch, then one of kernels/act_quant_{decode,gemm}.py.
+
+    Fields:
+        decode: which of the two; the rest is its tile, and the slices of K.
+    """
+
+    decode: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
     kwidth: int
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        regime = "decode" if self.decode else "gemm"
+        return f"int8 {regime} {self.block_m}x{self.block_n}/{self.split_k}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +171,134 @@ class DequantPlan:
     """Very many tokens: blocks of `rows` rows of W are dequantised to a workspace for cuBLAS."""
 
     rows: int
+    name: ClassVar[str] = "dequantise + cuBLAS"
 
 
-Plan = DecodePlan | GemmPlan | DequantPlan
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """A device that no kernel was written for: plain torch on it."""
+
+    name: ClassVar[str] = "reference"
+
+
+Plan = DecodePlan | GemmPlan | ActQuantPlan | DequantPlan | ReferencePlan
+
+
+def plan(problem: Problem, arch: Arch) -> Plan:
+    """The plan for `problem` on `arch`; there is one for every legal problem.
+
+    Raises:
+        Unsupported: a size below 1, or a group_size that does not divide K.
+
+    >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    >>> plan(Problem(m=1, n=4096, k=4096, group_size=128, act="bf16"), h200).name
+    'decode 8x8/4'
+    """
+    p = problem
+    if min(p.m, p.n, p.k, p.batch, p.group_size) < 1:
+        raise Unsupported(f"every size of {p} must be at least 1")
+    if p.k % p.group_size:
+        raise Unsupported(f"K={p.k} is not a multiple of group_size={p.group_size}")
+    if arch.capability < MIN_CAPABILITY:
+        return ReferencePlan()
+    if p.act == "int8":
+        return _act_quant_plan(p, arch)
+    if p.batch == 1 and p.m >= _dequant_from_m(p):
+        return DequantPlan(rows=_workspace_rows(p))
+    if p.m <= DECODE_MAX_M:
+        return _decode_plan(p, arch)
+    return _gemm_plan(p, arch)
+
+
+def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
+    """About WARPS_PER_SM warps a multiprocessor, with 512 codes of K a step where they fit."""
+    block_n = 8 if p.n * p.batch <= DECODE_NARROW_N else 16
+    tiles = -(-p.n // block_n) * p.batch
+    steps = -(-p.k // 128)
+    num_warps = 1
+    while num_warps < 8 and tiles * num_warps * 1.5 < WARPS_PER_SM * arch.num_sms:
+        num_warps *= 2
+    while num_warps > 1 and num_warps > steps:
+        num_warps //= 2
+    whole_row = p.group_size == p.k
+    block_k = next(
+        (b for b in (512, 256, 128) if p.k >= b * num_warps and p.k % (b * num_warps) == 0), 128
+    )
+    if not whole_row:
+        # a step holds whole groups
+        block_k = max(block_k, p.group_size // num_warps, 128)
+    return DecodePlan(
+        block_m=8,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=num_warps,
+        split_k=1,
+        kwidth=2 if arch.triton >= KWIDTH_2_EVERYWHERE else 4,
+        x_ahead=True,
+        evict="evict_first",
+    )
+
+
+def _dequant_from_m(p: Problem) -> int:
+    return 1536
+
+
+def _workspace_rows(p: Problem) -> int:
+    """Rows whose bf16 values fit WORKSPACE_BYTES: they stay in L2 until cuBLAS reads them."""
+    rows = WORKSPACE_BYTES // (2 * p.k)
+    return min(p.n, max(256, rows // 256 * 256))
+
+
+def _gemm_plan(p: Problem, arch: Arch) -> GemmPlan:
+    hopper = arch.capability[0] == HOPPER
+    tile = next(t for t in (HOPPER_TILES if hopper else AMPERE_TILES) if p.m <= t.max_m)
+    block_n = tile.block_n
+    if _tiles(p, tile.block_m, block_n) < arch.num_sms:
+        # too few for the card: tiles of half the rows
+        block_n = min(block_n, 64)
+    block_m = tile.block_m
+    if _tiles(p, block_m, block_n) < arch.num_sms:
+        block_m = min(block_m, 64)
+    wgmma = hopper and block_m >= 16
+    return GemmPlan(
+        block_m=block_m,
+        block_n=block_n,
+        group_n=8,
+        split_k=_split_k(_tiles(p, block_m, block_n), p.k, tile.programs_per_sm * arch.num_sms),
+        scale_after=block_m <= 64 and p.group_size % 128 == 0,
+        kwidth=2 if wgmma or arch.triton >= KWIDTH_2_EVERYWHERE else 4,
+        num_warps=4,
+        num_stages=tile.num_stages,
+        x_tma=hopper and block_m >= 64,
+    )
+
+
+def _tiles(p: Problem, block_m: int, block_n: int) -> int:
+    return -(-p.n // block_n) * -(-p.m // block_m) * p.batch
+
+
+def _act_quant_plan(p: Problem, arch: Arch) -> ActQuantPlan:
+    decode = p.m <= ACT_QUANT_DECODE_MAX_M
+    block_m = next((b for b in (8, 16, 32, 64, 128) if p.m <= b), 128)
+    block_n = 64 if decode else 128
+    if arch.capability[0] != HOPPER:
+        block_m = min(block_m, 64)
+    tiles = -(-p.n // block_n) * -(-p.m // block_m) * p.batch
+    return ActQuantPlan(
+        decode=decode,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128,
+        split_k=_split_k(tiles, p.k, (4 if decode else 1) * arch.num_sms),
+        kwidth=4,
+        num_warps=4 if block_m <= 64 else 8,
+        num_stages=4 if block_m <= 64 else 3,
+    )
+
+
+def _split_k(tiles: int, k: int, wanted: int) -> int:
+    """Slices of K, a power of two up to 8, that make at most `wanted` programs of a few steps."""
+    split = 1
+    while split < 8 and split * 2 * tiles <= wanted and split * 2 * 4 * 128 <= k:
+        split *= 2
+    return split

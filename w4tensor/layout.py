@@ -73,9 +73,13 @@ def check_group_size(group_size: int, k: int | None = None) -> int:
     Raises:
         Unsupported: the size is not one of GROUP_SIZES, -1 or k itself, or does not divide k.
     """
-    if group_size == -1 or (k is not None and group_size == k):
+    if k is not None and k < 1:
+        raise Unsupported(f"K={k}: a row needs at least one weight")
+    # 128.0 == 128, but no kernel takes it
+    whole = isinstance(group_size, (int, torch.SymInt))
+    if whole and (group_size == -1 or (k is not None and group_size == k)):
         return group_size if k is None else k
-    if group_size not in GROUP_SIZES:
+    if not whole or group_size not in GROUP_SIZES:
         raise Unsupported(
             f"group_size={group_size} is not one of {GROUP_SIZES} or -1 (the whole row)"
         )
@@ -137,7 +141,8 @@ class Layout:
         True
         """
         pad = padded_k(q.shape[-1]) - q.shape[-1]
-        return self._pack(torch.nn.functional.pad(q, (0, pad), value=SYMMETRIC_ZERO_POINT))
+        padded = torch.nn.functional.pad(q, (0, pad), value=SYMMETRIC_ZERO_POINT)
+        return self._pack(padded.contiguous())
 
     def unpack(self, qdata: Tensor, k: int) -> Tensor:
         """The inverse of pack: codes uint8 [.., N, k]."""
@@ -218,10 +223,10 @@ def check_values(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
     """
     if q.dtype != torch.uint8:
         raise PackingError("codes.dtype", q.dtype, "torch.uint8")
-    if q.device.type == "meta":
-        return
-    if q.numel() and int(q.max()) > 15:
+    if q.device.type != "meta" and q.numel() and int(q.max()) > 15:
         raise PackingError("codes", f"up to {int(q.max())}", "0..15")
     for field, value in (("scale", scale), ("zero_point", zero_point)):
-        if value is not None and not bool(value.isfinite().all()):
+        if value is None or value.device.type == "meta":
+            continue
+        if not bool(value.isfinite().all()):
             raise PackingError(field, "not finite somewhere", "finite everywhere")

@@ -6,6 +6,8 @@
     grouped_linear(x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version)
         x [T, K] sorted by expert, qdata [E, N, *], offs int32 [E]: the row at which each expert
         ends. -> [T, N]; rows from offs[-1] on are zero.
+    grouped_linear_backward(grad, qdata, scale, zero_point, offs, group_size, act_group_size)
+        the gradient of grouped_linear with respect to x; reads offs on the host.
     quantize_activation(x, act_group_size) -> (int8 [.., K], fp32 scale [.., groups])
         As reference.quantize_activation defines it.
 
@@ -17,12 +19,10 @@ neither triton nor a device.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from w4tensor import dispatch, reference
+from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, Layout, check_contract
 
@@ -38,6 +38,10 @@ _library.define(
 _library.define(
     "grouped_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor offs, "
     "int group_size, int? act_group_size, int layout_version) -> Tensor"
+)
+_library.define(
+    "grouped_linear_backward(Tensor grad, Tensor qdata, Tensor scale, Tensor? zero_point, "
+    "Tensor offs, int group_size, int? act_group_size) -> Tensor"
 )
 _library.define("quantize_activation(Tensor x, int act_group_size) -> (Tensor, Tensor)")
 
@@ -90,6 +94,8 @@ def _check_linear(x: Tensor, qdata: Tensor, bias: Tensor | None) -> None:
         raise Unsupported(
             f"bias has shape {tuple(bias.shape)}, expected ({qdata.shape[0]},), one a row of W"
         )
+    if bias is not None and bias.device != x.device:
+        raise Unsupported(f"bias is on {bias.device} and x on {x.device}; move the model")
 
 
 def _check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
@@ -101,6 +107,8 @@ def _check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
         raise Unsupported(
             f"offs is {offs.dtype} {tuple(offs.shape)}, expected torch.int32 ({qdata.shape[0]},)"
         )
+    if offs.device != x.device:
+        raise Unsupported(f"offs is on {offs.device} and x on {x.device}")
 
 
 # without CUDA: reference.py
@@ -149,14 +157,20 @@ def _reference_quantize_activation(x, act_group_size):
 # with CUDA: the kernel that dispatch names
 
 
-_ACT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "bf16"}
+def _cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    _check_linear(x, qdata, bias)
+    from w4tensor import launch
+
+    if act_group_size is None:
+        return launch.coalesced_linear(x, qdata, scale, zero_point, bias, group_size)
+    return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(device: int, **problem) -> dispatch.Plan:
-    from w4tensor import arch
+def _cuda_quantize_activation(x, act_group_size):
+    from w4tensor import launch
 
-    return dispatch.plan(dispatch.Problem(**problem), arch.current(device))
+    return launch.quantize_activation(x, check_act_group_size(act_group_size))
 
 
 # fakes
@@ -197,31 +211,61 @@ def _save_weight(ctx, inputs, output) -> None:
     ctx.save_for_backward(*saved, *offs)
 
 
-def _saved_weight(ctx, dtype: torch.dtype) -> Tensor:
+def _saved_weight(ctx) -> tuple[Tensor, Tensor, Tensor | None]:
     qdata, scale = ctx.saved_tensors[:2]
-    zero_point = ctx.saved_tensors[2] if ctx.has_zero_point else None
-    layout = COALESCED if ctx.act_group_size is None else ACT_QUANT
-    q = layout.unpack(qdata, k=scale.shape[-1] * ctx.group_size)
-    return reference.dequantize(q, scale, zero_point).to(dtype)
+    return qdata, scale, ctx.saved_tensors[2] if ctx.has_zero_point else None
+
+
+def _dense(qdata, scale, zero_point, group_size, act_group_size) -> Tensor:
+    layout = COALESCED if act_group_size is None else ACT_QUANT
+    q = layout.unpack(qdata, k=scale.shape[-1] * group_size)
+    return reference.dequantize(q, scale, zero_point)
 
 
 def _linear_backward(ctx, grad):
-    grad_x = grad @ _saved_weight(ctx, grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        w = _dense(*_saved_weight(ctx), ctx.group_size, ctx.act_group_size)
+        grad_x = grad @ w.to(grad.dtype)
+    grad_bias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[4] else None
     return grad_x, None, None, None, grad_bias, None, None, None
 
 
 def _grouped_linear_backward(ctx, grad):
     grad_x = None
     if ctx.needs_input_grad[0]:
-        offs = ctx.saved_tensors[-1]
-        grad_x = torch._grouped_mm(grad, _saved_weight(ctx, grad.dtype), offs=offs)
+        weight, offs = _saved_weight(ctx), ctx.saved_tensors[-1]
+        grad_x = torch.ops.w4tensor.grouped_linear_backward(
+            grad, *weight, offs, ctx.group_size, ctx.act_group_size
+        )
     return grad_x, None, None, None, None, None, None, None
+
+
+def _reference_grouped_linear_backward(
+    grad, qdata, scale, zero_point, offs, group_size, act_group_size
+):
+    grad_x = grad.new_zeros(grad.shape[0], scale.shape[-1] * group_size)
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        zero = None if zero_point is None else zero_point[expert]
+        w = _dense(qdata[expert], scale[expert], zero, group_size, act_group_size)
+        grad_x[start:end] = grad[start:end] @ w.to(grad.dtype)
+        start = end
+    return grad_x
+
+
+def _fake_grouped_linear_backward(grad, qdata, scale, zero_point, offs, group_size, act_group_size):
+    return grad.new_empty(grad.shape[0], scale.shape[-1] * group_size)
 
 
 for _name, _reference, _fake in (
     ("linear", _reference_linear, _fake_linear),
     ("grouped_linear", _reference_grouped_linear, _fake_grouped_linear),
+    (
+        "grouped_linear_backward",
+        _reference_grouped_linear_backward,
+        _fake_grouped_linear_backward,
+    ),
     ("quantize_activation", _reference_quantize_activation, _fake_quantize_activation),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
@@ -234,3 +278,6 @@ for _name, _backward in (
     torch.library.register_autograd(
         f"w4tensor::{_name}", _backward, setup_context=_save_weight, lib=_library
     )
+
+_library.impl("linear", _cuda_linear, "CUDA")
+_library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")

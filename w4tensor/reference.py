@@ -32,18 +32,22 @@ def quantize_activation(x: Tensor, act_group_size: int) -> tuple[Tensor, Tensor]
     """x [.., K] -> int8 [.., K] and fp32 scale [.., ceil(K / act_group_size)].
 
     scale = absmax / 127 and q = round_half_even(x / scale), group by group; -1 is one group a
-    token. A group of zeros has scale 0 and codes 0. A token that holds Inf or NaN has scale NaN
-    and codes 0, and so gives NaN where it is used and nowhere else.
+    token. A group of zeros has scale 0 and codes 0. A group that holds Inf or NaN has scale NaN
+    and codes 0, and so makes its token NaN where it is used, and no other.
     """
     k = x.shape[-1]
     g = k if act_group_size == -1 else act_group_size
     n_groups = -(-k // g)
     groups = torch.nn.functional.pad(x.float(), (0, n_groups * g - k)).unflatten(-1, (n_groups, g))
-    scale = groups.abs().amax(-1) / INT8_MAX
-    finite = scale.isfinite().all(-1, keepdim=True)
-    q = (groups / torch.where(scale == 0, 1.0, scale)[..., None]).round()
-    q = torch.where(finite[..., None], q, 0.0).to(torch.int8)
-    return q.flatten(-2)[..., :k], torch.where(finite, scale, torch.nan)
+    absmax = groups.abs().amax(-1)
+    # by a tensor: torch divides by a number through its reciprocal on CUDA
+    scale = absmax / torch.full_like(absmax, INT8_MAX)
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    divisor = torch.where(scale > 0, scale, 1.0)[..., None]
+    # subnormal scales are coarse enough to pass 127
+    q = (groups / divisor).round().clamp(-INT8_MAX, INT8_MAX)
+    q = torch.where(scale.isfinite()[..., None], q, 0.0).to(torch.int8)
+    return q.flatten(-2)[..., :k].contiguous(), scale
 
 
 def act_quant_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -44,14 +45,14 @@ class Summary:
     device: str
 
     def __str__(self) -> str:
-        header = ("layer", "class", "shape", "before", "after")
-        header += tuple(f"M={m}" for m in TOKENS) + ("note",)
+        tokens = (f"M={m}" for m in TOKENS)
+        header: tuple[str, ...] = ("layer", "class", "shape", "before", "after", *tokens, "note")
         table = [header]
         for row in self.rows:
-            cells = (row.name, row.kind, "x".join(map(str, row.shape)))
-            cells += (_mebibytes(row.bytes_before), _mebibytes(row.bytes_after))
-            cells += row.kernels or ("-",) * len(TOKENS)
-            table.append((*cells, row.note))
+            sizes = (_mebibytes(row.bytes_before), _mebibytes(row.bytes_after))
+            kernels = row.kernels or ("-",) * len(TOKENS)
+            shape = "x".join(map(str, row.shape))
+            table.append((row.name, row.kind, shape, *sizes, *kernels, row.note))
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -127,7 +128,8 @@ def _kernel(weight: PackedInt4, m: int, target: dispatch.Arch | None) -> str:
 
 def problem_of(weight: PackedInt4, m: int, dtype: torch.dtype | None = None) -> dispatch.Problem:
     """The problem that `m` tokens times `weight` pose to dispatch."""
-    act = "fp16" if (dtype or weight.dtype) == torch.float16 else "bf16"
+    half = (dtype or weight.dtype) == torch.float16
+    act: Literal["bf16", "fp16", "int8"] = "fp16" if half else "bf16"
     n, k = weight.scale.shape[-2], weight.scale.shape[-1] * weight.group_size
     return dispatch.Problem(
         m=m,

@@ -63,6 +63,9 @@ class PackedInt4:
         transposed: bool,
     ) -> Tensor:
         """The empty wrapper that `__new__` returns: its shape follows from the fields."""
+        for field, value in (("qdata", qdata), ("scale", scale), ("zero_point", zero_point)):
+            if not isinstance(value, Tensor) and (value is not None or field != "zero_point"):
+                raise PackingError(field, f"a {type(value).__name__}", "a torch.Tensor")
         check_contract(cls.packing, qdata, scale, zero_point, group_size, layout_version)
         *stack, n, n_groups = scale.shape
         matrix = (n_groups * group_size, n) if transposed else (n, n_groups * group_size)
@@ -179,7 +182,8 @@ class PackedInt4:
         if func in handlers:
             return handlers[func](func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_inference_mode_enabled():
+            made_there = args and isinstance(args[0], Tensor) and args[0].is_inference()
+            if torch.is_inference_mode_enabled() and not made_there:
                 # a wrapper made there cannot be a view of one made outside
                 with torch.inference_mode(False), torch.no_grad():
                     return func(*args, **(kwargs or {}))
@@ -189,6 +193,11 @@ class PackedInt4:
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
         if handler is None:
+            # tensors made in inference mode bring composite operators here in one piece
+            if func._can_decompose():
+                out = func.decompose(*args, **(kwargs or {}))
+                if out is not NotImplemented:
+                    return out
             raise MisdispatchError(
                 f"{func} cannot read a {cls.__name__}: its bytes are packed int4. Use F.linear, "
                 "matmul, bmm or torch._grouped_mm with it, or dequantize() it first"
@@ -211,6 +220,12 @@ class PackedInt4:
             self.group_size,
             self.layout_version,
         )
+        k_n = (self._k, self.scale.shape[-2])
+        shape = (*self.scale.shape[:-2], *(k_n if self.transposed else k_n[::-1]))
+        if self.shape != shape:
+            raise PackingError("shape", tuple(self.shape), f"{shape}, as its fields have")
+        if self.dtype != self.scale.dtype:
+            raise PackingError("scale.dtype", self.scale.dtype, f"{self.dtype}, as the tensor")
 
     def _with(self, **changes: Any):
         """The same tensor with some fields changed."""

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w4tensor import (
-    ops,  # noqa: F401  (defines torch.ops.w4tensor)
-    reference,
-)
+from w4tensor import ops  # noqa: F401  (defines torch.ops.w4tensor)
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.packed import PackedInt4
 
@@ -45,8 +42,10 @@ def _implements(functions: list[Any], operators: list[Any]):
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a matrix product: __torch_function__ runs before that cast."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    # autocast knows no meta device, and says so by raising
+    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 
@@ -81,6 +80,17 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _plain(w, x: Tensor) -> Tensor:
     return w.dequantize(x.dtype)
+
+
+def _bind(func, args, kwargs, *names: tuple[str, ...]) -> list[Any]:
+    """Operands by position or by one of their names; what no handler serves (out=) is refused."""
+    rest = {name: value for name, value in kwargs.items() if value is not None}
+    bound = list(args)
+    for aliases in names[len(args) :]:
+        bound.append(next((rest.pop(name) for name in aliases if name in rest), None))
+    if rest or len(bound) > len(names):
+        raise Unsupported(f"{func} with {sorted(rest) or 'more operands'} takes no int4 weight")
+    return bound
 
 
 def _stack_like(x: Tensor, w) -> Tensor:
@@ -121,8 +131,7 @@ def _f_linear(func, types, args, kwargs):
     [aten.matmul.default, aten.mm.default, aten.bmm.default],
 )
 def _f_matmul(func, types, args, kwargs):
-    a = args[0] if args else kwargs["input"]
-    b = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
+    a, b = _bind(func, args, kwargs, ("input", "self"), ("mat2", "other", "tensor2"))
     rank = {"mm": 2, "bmm": 3}.get(func.__name__.split(".")[0])
     if rank is not None and (a.ndim != rank or b.ndim != rank):
         raise Unsupported(f"{func.__name__} takes {rank}-D operands, not {a.ndim}-D and {b.ndim}-D")
@@ -138,12 +147,18 @@ def _f_rmatmul(func, types, args, kwargs):
 
 @_implements([torch.addmm, torch.Tensor.addmm], [aten.addmm.default])
 def _f_addmm(func, types, args, kwargs):
-    bias, a, b = args[:3]
+    kwargs = dict(kwargs)
+    beta, alpha = kwargs.pop("beta", 1), kwargs.pop("alpha", 1)
+    bias, a, b = _bind(func, args, kwargs, ("input", "self"), ("mat1",), ("mat2",))
     if isinstance(bias, PackedInt4):
         raise MisdispatchError("addmm onto an int4 weight; dequantize() it first")
-    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if a.ndim != 2 or b.ndim != 2:
+        raise Unsupported(f"addmm takes 2-D operands, not {a.ndim}-D and {b.ndim}-D")
     y = _matmul(a, b)
-    return (y if alpha == 1 else alpha * y) + (bias if beta == 1 else beta * bias)
+    if alpha != 1:
+        y = alpha * y
+    # beta = 0 ignores even a bias that is not finite
+    return y if beta == 0 else (y + beta * bias).to(y.dtype)
 
 
 @_implements([torch._grouped_mm], [aten._grouped_mm.default])
@@ -169,18 +184,25 @@ def _f_grouped_mm(func, types, args, kwargs):
     return y if rest.get("out_dtype") is None else y.to(rest["out_dtype"])
 
 
-@_implements([torch.nn.functional.embedding], [aten.embedding.default])
+@_implements([torch.nn.functional.embedding], [])
 def _f_embedding(func, types, args, kwargs):
-    indices, w = args[:2]
-    if func is aten.embedding.default:
-        w, indices = args[:2]
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+    indices, w, _, max_norm, *_ = _bind(
+        func, args, kwargs, *((name,) for name in names), ("sparse",)
+    )
+    if max_norm is not None:
+        raise Unsupported("max_norm would renormalise quantised rows in place")
+    return _look_up(indices, w)
+
+
+@_implements([], [aten.embedding.default])
+def _embedding(func, types, args, kwargs):
+    return _look_up(args[1], args[0])
+
+
+def _look_up(indices: Tensor, w) -> Tensor:
     if not isinstance(w, PackedInt4) or w.ndim != 2 or w.transposed:
         raise MisdispatchError("an embedding looks rows up in a 2-D int4 weight [N, K] only")
-    if any(args[4:]) or kwargs.get("max_norm") is not None:
-        raise Unsupported("max_norm would renormalise quantised rows in place")
-    w._check()
-    rows = indices.reshape(-1)
-    q = w.packing.unpack(w.qdata[rows], w._k)
-    zero_point = None if w.zero_point is None else w.zero_point[rows]
-    found = reference.dequantize(q, w.scale[rows], zero_point).to(w.dtype)
+    # index_select refuses negative indices, as an embedding does
+    found = w.index_select(0, indices.reshape(-1)).dequantize()
     return found.reshape(*indices.shape, w._k)

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
-from w4tensor.layout import BLOCK_K, SCALE_DTYPES
+from w4tensor.layout import BLOCK_K, GROUP_SIZES, SCALE_DTYPES
+from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["register"]
 
@@ -40,11 +41,15 @@ def _implements(ops: list[Any]):
     return keep
 
 
+def _from_front(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"dimension {dim} of {ndim}")
+    return dim % ndim
+
+
 def _stored_dim(w, dim: int) -> int:
     """The dimension of the stored [.., N, K] that dimension `dim` of the (transposed) view shows."""
-    if not -w.ndim <= dim < w.ndim:
-        raise IndexError(f"dimension {dim} of a {w.ndim}-D weight")
-    dim %= w.ndim
+    dim = _from_front(dim, w.ndim)
     if w.transposed and dim >= w.ndim - 2:
         return 2 * w.ndim - 3 - dim
     return dim
@@ -69,7 +74,7 @@ def _t(func, types, args, kwargs):
 
 @_implements([aten.transpose.int])
 def _transpose(func, types, args, kwargs):
-    w, dims = args[0], {args[1] % args[0].ndim, args[2] % args[0].ndim}
+    w, dims = args[0], {_from_front(dim, args[0].ndim) for dim in args[1:]}
     if len(dims) == 1:
         out = w._map(aten.alias.default)
     elif dims == {w.ndim - 2, w.ndim - 1}:
@@ -84,7 +89,7 @@ def _transpose(func, types, args, kwargs):
 
 @_implements([aten.permute.default])
 def _permute(func, types, args, kwargs):
-    w, order = args[0], [d % args[0].ndim for d in args[1]]
+    w, order = args[0], [_from_front(dim, args[0].ndim) for dim in args[1]]
     identity = list(range(w.ndim))
     if order == identity:
         out = w._map(aten.alias.default)
@@ -175,14 +180,18 @@ def _split_with_sizes(func, types, args, kwargs):
 
 @_implements([aten.index.Tensor])
 def _index(func, types, args, kwargs):
-    w, indices = args
-    if w.transposed and len(indices) > w.ndim - 2:
+    w, indices = args[0], list(args[1])
+    while indices and indices[-1] is None:
+        indices.pop()
+    # a mask stands for as many dimensions as it has
+    masks = (torch.bool, torch.uint8)
+    reached = sum(1 if i is None or i.dtype not in masks else i.ndim for i in indices)
+    if w.transposed and reached > w.ndim - 2:
         raise MisdispatchError(
             f"indexing rows of a transposed {type(w).__name__}; index, then .t()"
         )
-    if len(indices) >= w.ndim and indices[w.ndim - 1] is not None:
+    if reached > w.ndim - 1:
         raise _refuse_k(w, func)
-    indices = list(indices[: w.ndim - 1])
     return w._map(lambda t: func(t, indices))
 
 
@@ -198,12 +207,16 @@ def _index_select(func, types, args, kwargs):
 @_implements([aten.cat.default])
 def _cat(func, types, args, kwargs):
     weights, dim = fill_defaults(args, 2, [0])
-    first = weights[0]
+    first = next(w for w in weights if isinstance(w, PackedInt4))
     for w in weights:
-        same = type(w) is type(first) and w.ndim == first.ndim
+        if type(w) is not type(first):
+            raise MisdispatchError(
+                f"cat of a {type(first).__name__} with a {type(w).__name__}; dequantize() it first"
+            )
+        same = w.ndim == first.ndim and w.dtype == first.dtype
         for name in (*first.tensor_attribute_names, *first.optional_tensor_attribute_names):
             same = same and getattr(w, name) == getattr(first, name)
-        if not same or w.dtype != first.dtype:
+        if not same:
             raise MisdispatchError(f"cat of {first!r} with {w!r}: their formats differ")
     stored = _stored_dim(first, dim)
     if stored == first.ndim - 1:
@@ -212,8 +225,8 @@ def _cat(func, types, args, kwargs):
                 raise Unsupported(
                     f"cat along K after K={w._k}, which is not a multiple of {BLOCK_K} codes"
                 )
-        if first.scale.shape[-1] == 1 and first._k == first.group_size > BLOCK_K:
-            raise Unsupported("cat along K of weights with one group a row; use a group_size")
+        if len(weights) > 1 and first.group_size not in GROUP_SIZES:
+            raise Unsupported(f"cat along K of weights whose one group is K={first._k} wide")
     explicit = any(w.zero_point is not None for w in weights)
     zero_points = [w._explicit_zero_point() for w in weights] if explicit else []
     if explicit:
@@ -250,7 +263,7 @@ def _view(func, types, args, kwargs):
 @_implements([aten.unsqueeze.default])
 def _unsqueeze(func, types, args, kwargs):
     w, dim = args
-    if w.ndim != 2 or dim % (w.ndim + 1) != 0:
+    if w.ndim != 2 or _from_front(dim, w.ndim + 1) != 0:
         raise MisdispatchError(
             f"unsqueeze({dim}) of a {type(w).__name__} {tuple(w.shape)}: only a 2-D weight can become "
             "[1, N, K]; dequantize() it first"
@@ -261,11 +274,12 @@ def _unsqueeze(func, types, args, kwargs):
 @_implements([aten.squeeze.default, aten.squeeze.dim])
 def _squeeze(func, types, args, kwargs):
     w = args[0]
-    wanted = len(args) == 1 or args[1] % w.ndim == 0
-    if w.ndim == 3 and w.shape[0] == 1 and wanted:
-        out = w._map(lambda t: aten.squeeze.dim(t, 0))
-    elif len(args) == 2 and w.shape[args[1]] != 1:
+    dims = [args[1]] if len(args) == 2 else range(w.ndim)
+    gone = {_stored_dim(w, dim) for dim in dims if w.shape[dim] == 1}
+    if not gone:
         out = w._map(aten.alias.default)
+    elif gone == {0} and w.ndim == 3:
+        out = w._map(lambda t: aten.squeeze.dim(t, 0))
     else:
         raise MisdispatchError(
             f"squeeze{tuple(args[1:])} of a {type(w).__name__} {tuple(w.shape)}: only [1, N, K] "
@@ -347,4 +361,28 @@ def _set_data(func, types, args, kwargs):
         setattr(target, name, getattr(source, name))
 
 
-_function_handlers.append(([torch.Tensor.data.__set__], _set_data))
+def _share_memory(func, types, args, kwargs):
+    w = args[0]
+    for t in (w.qdata, w.scale, w.zero_point):
+        if t is not None:
+            t.share_memory_()
+    return w
+
+
+def _is_shared(func, types, args, kwargs):
+    return args[0].qdata.is_shared()
+
+
+def _dlpack(func, types, args, kwargs):
+    raise MisdispatchError(
+        f"a {type(args[0]).__name__} cannot be exported by dlpack; export its fields, or "
+        "dequantize() it first"
+    )
+
+
+_function_handlers += [
+    ([torch.Tensor.data.__set__], _set_data),
+    ([torch.Tensor.share_memory_], _share_memory),
+    ([torch.Tensor.is_shared], _is_shared),
+    ([torch.Tensor.__dlpack__], _dlpack),
+]

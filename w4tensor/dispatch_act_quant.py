@@ -1,0 +1,187 @@
+"""Which kernel, with which tile, serves int8 activations: plan_act_quant(problem, arch) -> plan.
+
+Integers and a frozen Arch in, frozen dataclasses out, as in dispatch.py. Needs no GPU, no torch and
+no triton. Activations are quantised in a launch of their own, before any of:
+
+    dp4a     few tokens: a thread has a slice of a row and every token
+    decode   up to 16 tokens: warps divide K, the matrix unit multiplies each cell
+    gemm     more tokens: tiles of the matrix unit
+    rounded  many tokens and scales so fine that the int8 tile spends its time on them: x is rounded
+             to what its codes mean and W dequantised, block by block, for a library product
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from w4tensor.dispatch import DECODE_MAX_M, HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
+
+__all__ = [
+    "ActQuantDecodePlan",
+    "ActQuantDp4aPlan",
+    "ActQuantGemmPlan",
+    "ActQuantPlan",
+    "ActQuantRoundedPlan",
+    "plan_act_quant",
+]
+
+# most tokens of the dp4a kernel: at 2 it needs as many instructions as the matrix unit's
+DP4A_MAX_M = 1
+# from here on, with scales finer than 128 k, the library's 16-bit product is the faster one
+ROUNDED_FROM_M = 1024
+# what cells of 32 k leave room for in the registers of 256 threads
+FINE_BLOCK_M = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantDp4aPlan:
+    """One launch of kernels/act_quant_dp4a.py.
+
+    Fields:
+        tokens: 1, 2 or 4, at least M. rows: rows that a thread takes in turn.
+        block_n, block_slices: rows at a time and slices of 32 k of a program; a thread has one
+            slice of one row where their product is 32 * num_warps.
+        pdl: start under programmatic dependent launch, before the quantising kernel is done.
+    """
+
+    tokens: int
+    rows: int
+    block_n: int
+    block_slices: int
+    num_warps: int
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"dp4a {self.tokens}x{self.rows * self.block_n}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantDecodePlan:
+    """One launch of kernels/act_quant_decode.py: warps divide the block_k of a step.
+
+    Fields:
+        block_m, block_n: tokens (8 or 16) and rows of a program. block_k: at least 32 a warp.
+        split_k: programs along K. kwidth: order of k in the operand (kernels/unpack_act_quant.py).
+        pdl: start under programmatic dependent launch, before the quantising kernel is done.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    kwidth: int
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"int8 decode {self.block_m}x{self.block_n}/{self.num_warps * self.split_k}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantGemmPlan:
+    """One launch of kernels/act_quant_gemm.py. block_k is a multiple of 128."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    kwidth: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"int8 gemm {self.block_m}x{self.block_n}/{self.split_k}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantRoundedPlan:
+    """cuBLAS on x rounded to its codes and on blocks of `rows` dequantised rows of W."""
+
+    rows: int
+    name: ClassVar[str] = "rounded x, dequantise + cuBLAS"
+
+
+ActQuantPlan = ActQuantDp4aPlan | ActQuantDecodePlan | ActQuantGemmPlan | ActQuantRoundedPlan
+
+
+def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
+    """The plan for a legal problem with int8 activations.
+
+    >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    >>> p = Problem(m=8, n=4096, k=4096, group_size=128, act="int8", act_group_size=32)
+    >>> plan_act_quant(p, h200).name
+    'int8 decode 8x32/16'
+    """
+    if p.m <= DP4A_MAX_M:
+        return _dp4a_plan(p, arch)
+    if p.m <= DECODE_MAX_M:
+        return _decode_plan(p, arch)
+    if p.m >= ROUNDED_FROM_M and p.batch == 1 and _is_fine(p):
+        # about 16 MiB of 16-bit values: they stay in L2 until cuBLAS reads them
+        rows = (8 << 20) // p.k // 256 * 256
+        return ActQuantRoundedPlan(rows=min(p.n, max(256, rows)))
+    return _gemm_plan(p, arch)
+
+
+def _is_fine(p: Problem) -> bool:
+    """Whether scales change within 128 k: each change costs two instructions a sum."""
+    groups = [
+        g for g in (p.group_size if p.group_size != p.k else 0, p.act_group_size or 0) if g > 0
+    ]
+    return min(groups, default=128) < 128
+
+
+def _dp4a_plan(p: Problem, arch: Arch) -> ActQuantDp4aPlan:
+    # four rows a thread, unless that leaves multiprocessors idle
+    rows = next((r for r in (4, 2) if p.n * p.batch >= 4 * r * 4 * arch.num_sms), 1)
+    tokens = next(t for t in (1, 2, 4) if p.m <= t)
+    return ActQuantDp4aPlan(tokens, rows, block_n=4, block_slices=32, num_warps=4, pdl=_pdl(arch))
+
+
+def _decode_plan(p: Problem, arch: Arch) -> ActQuantDecodePlan:
+    block_k = 512 if p.k > 256 else 256
+    tiles = -(-p.n // 32) * p.batch
+    steps = -(-p.k // block_k)
+    split_k = 1
+    while tiles * split_k < 2 * arch.num_sms and split_k * 2 * 2 <= steps and split_k < 8:
+        split_k *= 2
+    return ActQuantDecodePlan(
+        block_m=8 if p.m <= 8 else 16,
+        block_n=32,
+        block_k=block_k,
+        split_k=split_k,
+        kwidth=4 if arch.triton >= KWIDTH_2_EVERYWHERE else 8,
+        num_warps=4,
+        num_stages=4 if p.m <= 8 else 3,
+        pdl=_pdl(arch),
+    )
+
+
+def _gemm_plan(p: Problem, arch: Arch) -> ActQuantGemmPlan:
+    hopper = arch.capability[0] == HOPPER
+    most = FINE_BLOCK_M if _is_fine(p) or not hopper else 128
+    block_m = next((b for b in (32, 64) if p.m <= b), most)
+    block_n = 128 if hopper else 64
+    tiles = -(-p.n // block_n) * -(-p.m // block_m) * p.batch
+    steps = -(-p.k // 128)
+    split_k = 1
+    while 2 * tiles * split_k <= arch.num_sms and split_k * 2 * 4 <= steps and split_k < 8:
+        split_k *= 2
+    return ActQuantGemmPlan(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128,
+        split_k=split_k,
+        kwidth=4 if hopper or arch.triton >= KWIDTH_2_EVERYWHERE else 8,
+        num_warps=8 if block_m >= 64 and hopper else 4,
+        num_stages=3 if block_m >= 128 else 4,
+    )
+
+
+def _pdl(arch: Arch) -> bool:
+    return arch.capability >= (HOPPER, 0)

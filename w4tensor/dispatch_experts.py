@@ -1,0 +1,215 @@
+"""Which kernels, with which tiles, serve an experts block: plan_experts(problem, arch) -> plan.
+
+Integers and a frozen Arch in, frozen dataclasses out, as in dispatch.py. Needs no GPU, no torch and
+no triton. Two paths:
+
+    pairs      few tokens: each (token, slot) pair reads its expert's weights, without a sort
+    grouped    pairs sorted by expert on the device; a tile of rows reads its expert's weights once
+
+The border is where the pairs of a token batch begin to share experts, so that reading an expert
+once pays for a sort and an ordered sum: REREADS. Where few rows share an expert's weights, their
+bytes decide: activations have 16 bits in either format of the weights, as int8 would not read fewer
+and quantising costs two launches. From INT8_ROWS on, a tile of int8 rows is worth that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, MIN_CAPABILITY, Arch
+from w4tensor.errors import Unsupported
+
+__all__ = [
+    "ActQuantGroupedPlan",
+    "ExpertsPlan",
+    "ExpertsProblem",
+    "GroupedPlan",
+    "PairsPlan",
+    "plan_experts",
+    "plan_grouped",
+    "plan_pairs",
+]
+
+BLOCK_K = 128
+# pairs for each expert that they hit, on average, above which they are sorted
+REREADS = 1.3
+# pairs above which they are sorted in any case
+PAIRS_MAX = 256
+# warps of a program of the pairs path
+PAIRS_WARPS = 8
+# rows of a tile from which int8 activations are used where there is an act_group_size
+INT8_ROWS = 16
+# mean rows of an expert that is hit -> tokens of a tile
+ROWS_OF_TILE = ((4.0, 8), (9.0, 16), (24.0, 32), (96.0, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsProblem:
+    """tokens x top_k pairs; gate_up [experts, 2 * inter, hidden], down [experts, hidden, inter]."""
+
+    tokens: int
+    top_k: int
+    experts: int
+    hidden: int
+    inter: int
+    group_size: int
+    # None: 16-bit activations
+    act_group_size: int | None = None
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def rows_an_expert(self) -> float:
+        return _rows_an_expert(self.pairs, self.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class PairsPlan:
+    """One launch of kernels/pairs.py. A program has slots * slices warps.
+
+    Fields:
+        slots: experts of a token that warps take side by side. slices: warps that share K.
+        tiles: register tiles of 16 rows. blocks: blocks of 128 k of a step, each warp.
+        prefetch: load the next step's words before this one's are used.
+        pdl: programmatic dependent launch, as the first or the second product of a block.
+    """
+
+    slots: int
+    slices: int
+    tiles: int
+    blocks: int
+    kwidth: int
+    prefetch: bool = False
+    pdl: Literal["none", "first", "second"] = "none"
+
+    @property
+    def name(self) -> str:
+        return f"pairs {self.slots}x{self.slices} warps, {16 * self.tiles}x{128 * self.blocks}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedPlan:
+    """One launch of kernels/grouped.py: tile, and where the scales are applied."""
+
+    block_m: int
+    block_n: int
+    scale_after: bool
+    kwidth: int
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"grouped {self.block_m}x{self.block_n}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActQuantGroupedPlan:
+    """One launch of kernels/act_quant_grouped.py."""
+
+    block_m: int
+    block_n: int
+    kwidth: int
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"int8 grouped {self.block_m}x{self.block_n}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """Both products of a block: pairs and pairs, grouped and pairs, or grouped and grouped.
+
+    Two grouped ones share block_m, as they share the list of tiles.
+    """
+
+    first: PairsPlan | GroupedPlan | ActQuantGroupedPlan
+    second: PairsPlan | GroupedPlan | ActQuantGroupedPlan
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}; {self.second.name}"
+
+
+def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
+    """The plan for a block, or None on a device that no kernel was written for.
+
+    >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    >>> qwen = ExpertsProblem(1, 8, experts=256, hidden=2048, inter=512, group_size=128)
+    >>> plan_experts(qwen, h200).second.slots
+    8
+    """
+    p = problem
+    if min(p.tokens, p.top_k, p.experts, p.hidden, p.inter, p.group_size) < 1:
+        raise Unsupported(f"every size of {p} must be at least 1")
+    if arch.capability < MIN_CAPABILITY:
+        return None
+    if p.pairs <= PAIRS_MAX and p.rows_an_expert <= REREADS:
+        return ExpertsPlan(
+            first=plan_pairs(1, p.hidden, arch),
+            second=plan_pairs(p.top_k, p.inter, arch),
+        )
+    tile = plan_grouped(p.pairs, p.experts, p.group_size, arch, p.act_group_size)
+    return ExpertsPlan(first=tile, second=tile)
+
+
+def plan_pairs(top_k: int, k: int, arch: Arch) -> PairsPlan:
+    """A pairs product that sums `top_k` slots, each over `k`: all of K in one step where it can."""
+    blocks_of_k = -(-k // BLOCK_K)
+    slots = min(PAIRS_WARPS, _power_of_two_up_to(top_k))
+    slices = min(PAIRS_WARPS // slots, _power_of_two_up_to(blocks_of_k))
+    blocks = min(4, _power_of_two_up_to(-(-blocks_of_k // slices)))
+    return PairsPlan(
+        slots=slots,
+        slices=slices,
+        tiles=1,
+        blocks=blocks,
+        kwidth=2 if arch.triton >= KWIDTH_2_EVERYWHERE else 4,
+        prefetch=blocks * slices < blocks_of_k,
+    )
+
+
+def plan_grouped(
+    rows: int, experts: int, group_size: int, arch: Arch, act_group_size: int | None = None
+) -> GroupedPlan | ActQuantGroupedPlan:
+    """Tiles for `rows` rows that are spread over `experts`."""
+    mean = _rows_an_expert(rows, experts)
+    hopper = arch.capability[0] == HOPPER
+    block_m = next((m for most, m in ROWS_OF_TILE if mean <= most), 128 if hopper else 64)
+    # wgmma, and every mma from some release on, takes k in its own order
+    natural = (hopper and block_m >= 16) or arch.triton >= KWIDTH_2_EVERYWHERE
+    if act_group_size is not None and (block_m >= INT8_ROWS or natural):
+        # sums in int32 and in fp32 take twice the registers
+        block_m = min(block_m, 64)
+        return ActQuantGroupedPlan(
+            block_m=block_m,
+            block_n=128,
+            kwidth=4 if natural else 8,
+            num_warps=8 if block_m == 64 else 4,
+            num_stages=4 if block_m <= 16 else 3,
+        )
+    return GroupedPlan(
+        block_m=block_m,
+        block_n=128,
+        scale_after=block_m <= 32 and group_size % BLOCK_K == 0,
+        kwidth=2 if natural else 4,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=4 if block_m <= 16 else 3,
+    )
+
+
+def _rows_an_expert(rows: int, experts: int) -> float:
+    """Mean rows of the experts that `rows` uniformly routed rows hit."""
+    hit = experts * (1 - (1 - 1 / experts) ** rows)
+    return rows / hit if hit else 0.0
+
+
+def _power_of_two_up_to(n: int) -> int:
+    return 1 << (n.bit_length() - 1)

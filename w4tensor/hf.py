@@ -1,0 +1,79 @@
+"""What transformers needs to save and load int4 models. Optional; nothing happens at import.
+
+    w4tensor.hf.enable()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=TorchAoConfig(W4CoalescedConfig())
+    )
+    model.save_pretrained(target)  # and from_pretrained(target) gives the same bits back
+
+enable() must also run in the process that reloads. torchao offers no call to register a tensor
+class for safetensors or a config for JSON; its documentation says to extend these lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchao.core.config import AOBaseConfig
+
+from w4tensor.errors import Unsupported
+from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
+
+__all__ = ["attach_quantizer", "enable"]
+
+TENSOR_CLASSES = (CudaCoalescedInt4Tensor, Int4ActQuantTensor)
+
+
+def enable() -> None:
+    """Let torchao and transformers save and load our tensors and configs. May be called again.
+
+    Raises:
+        Unsupported: another package has registered a tensor class of the same name.
+
+    >>> enable()
+    >>> enable()
+    """
+    from torchao.core import config as ao_config
+    from torchao.prototype.safetensors import safetensors_utils
+
+    classes = safetensors_utils.ALLOWED_CLASSES
+    names = safetensors_utils.ALLOWED_TENSORS_SUBCLASSES
+    for cls in TENSOR_CLASSES:
+        # files name classes without their module: two of a name would read each other's bytes
+        if classes.setdefault(cls.__name__, cls) is not cls:
+            other = classes[cls.__name__]
+            raise Unsupported(
+                f"torchao already knows a {cls.__name__} from {other.__module__}; load and save "
+                "the two kinds of model in separate processes"
+            )
+        if cls.__name__ not in names:
+            names.append(cls.__name__)
+    ao_config.ALLOWED_AO_MODULES.add("w4tensor")
+
+
+def attach_quantizer(model: Any, config: AOBaseConfig) -> None:
+    """Make save_pretrained work on a transformers model that plain quantize_ has quantised.
+
+    Args:
+        model: a PreTrainedModel.
+        config: what quantize_ was given; it goes into the saved config.json.
+
+    >>> from torchao.quantization import quantize_
+    >>> from transformers import BertConfig, BertModel
+    >>> from w4tensor import W4CoalescedConfig
+    >>> sizes = dict(hidden_size=128, num_hidden_layers=1, intermediate_size=128)
+    >>> model = BertModel(BertConfig(**sizes, num_attention_heads=2, vocab_size=8))
+    >>> quantize_(model, W4CoalescedConfig())
+    >>> attach_quantizer(model, W4CoalescedConfig())
+    >>> model.hf_quantizer.is_serializable()
+    True
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    enable()
+    quantizer = AutoHfQuantizer.from_config(TorchAoConfig(config), pre_quantized=False)
+    quantizer.modules_to_not_convert = []
+    model.hf_quantizer = quantizer
+    model.quantization_method = quantizer.quantization_config.quant_method
+    quantizer.postprocess_model(model)

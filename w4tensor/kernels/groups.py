@@ -1,0 +1,42 @@
+"""How a kernel walks the scales [.., N, G] of rows whose K comes in blocks of 128."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Constants of one weight, for kernels that take `blocks` blocks of a row a step.
+
+    Fields:
+        parts: groups in a block; 1 where a group is a block or more.
+        blocks_a_group: blocks in a group; 1 where a group is a block or less.
+        vector: neighbouring scales that one load takes; rows begin on multiples of it.
+        n_vectors, stride: a row's scales, and the distance of rows, in vectors.
+    """
+
+    parts: int
+    blocks_a_group: int
+    vector: int
+    n_vectors: int
+    stride: int
+
+
+def groups_of(scale: Tensor, zero_point: Tensor | None, group_size: int, blocks: int) -> Groups:
+    """The Groups of a weight; group_size may be K itself, of any size."""
+    n_groups, stride = scale.shape[-1], scale.stride(-2)
+    parts = 128 // group_size if group_size in (16, 32, 64) else 1
+    blocks_a_group = -(-group_size // 128)
+    vector = 1
+    if blocks_a_group == 1:
+        widest = max(scale.element_size(), 0 if zero_point is None else zero_point.element_size())
+        while (
+            vector * 2 <= min(blocks * parts, 16 // widest)
+            and n_groups % (vector * 2) == 0
+            and stride % (vector * 2) == 0
+        ):
+            vector *= 2
+    return Groups(parts, blocks_a_group, vector, n_groups // vector, stride // vector)

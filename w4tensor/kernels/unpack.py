@@ -1,0 +1,271 @@
+"""COALESCED words in registers: int32 -> eight weights, and weights -> an operand of tl.dot.
+
+A word (layout.py) holds eight codes q; element e = 4p + 2q' + r stands at nibble 4r + 2p + q':
+
+    nibble    7   6   5   4 | 3   2   1   0
+    element   7   5   3   1 | 6   4   2   0        k = 16p + 8q' + 2t + r within a 32-wide slice
+
+Elements leave unpack() as CODE_UNIT * (q - 8) in bf16 or fp16, exactly: the unit is what lets two
+nibbles of a 16-bit lane be read without a shift between them. Who multiplies by a scale after the
+dot divides the sum by CODE_UNIT.
+
+    bf16   low nibble    (w & 0x000F) | 0x4200 = 32 + q / 4            - 34        -> (q - 8) / 4
+           high nibble    w & 0x00F0 = q * 2**-129, a subnormal   * 2**127 - 2     -> (q - 8) / 4
+    fp16   low nibble    (w & 0x000F) | 0x6400 = 1024 + q         * 2**-2 - 258    -> (q - 8) / 4
+           high nibble   (w & 0x00F0) | 0x6400 = 1024 + 16 q      * 2**-6 - 18     -> (q - 8) / 4
+
+The order of k within an operand must be the one in which the matrix unit takes its registers, or
+Triton carries the weights through shared memory: slower, never wrong. KWIDTH 2 keeps k as it is;
+KWIDTH 4 exchanges q' and t within each 16 k, in the weights and, by permute_x, in x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# weights leave unpack() as CODE_UNIT * (q - 8)
+CODE_UNIT = tl.constexpr(0.25)
+SYMMETRIC_ZERO_POINT = tl.constexpr(8.0)
+# what unpack_scaled multiplies by, so that small scales times codes are normal numbers of fp16
+FP16_LIFT = tl.constexpr(64.0)
+
+# one word $8 -> pairs a, b (p = 0) and c, d (p = 1); low and high are minus the zero point, less
+# what the form of the nibble adds
+_BF16_CODES = """
+    .reg .b32 s, a, b, c, d, one, two127, low0, high0, low1, high1;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 two127, 0x7F007F00;
+    {zero}
+    shr.u32 s, $8, 8;
+    lop3.b32 a, $8, 0x000F000F, 0x42004200, 0xEA;  // (w & mask) | (32, 32)
+    and.b32 b, $8, 0x00F000F0;                     // subnormal: q * 2**-129
+    lop3.b32 c, s, 0x000F000F, 0x42004200, 0xEA;
+    and.b32 d, s, 0x00F000F0;
+    fma.rn.bf16x2 a, a, one, low0;
+    fma.rn.bf16x2 b, b, two127, high0;
+    fma.rn.bf16x2 c, c, one, low1;
+    fma.rn.bf16x2 d, d, two127, high1;
+"""
+_FP16_CODES = """
+    .reg .b32 s, a, b, c, d, quarter, sixtyfourth, low0, high0, low1, high1;
+    mov.b32 quarter, 0x34003400;
+    mov.b32 sixtyfourth, 0x24002400;
+    {zero}
+    shr.u32 s, $8, 8;
+    lop3.b32 a, $8, 0x000F000F, 0x64006400, 0xEA;  // (w & mask) | (1024, 1024)
+    lop3.b32 b, $8, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 c, s, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 d, s, 0x00F000F0, 0x64006400, 0xEA;
+    fma.rn.f16x2 a, a, quarter, low0;
+    fma.rn.f16x2 b, b, sixtyfourth, high0;
+    fma.rn.f16x2 c, c, quarter, low1;
+    fma.rn.f16x2 d, d, sixtyfourth, high1;
+"""
+_EIGHT = """
+    mov.b32 low0, {low};
+    mov.b32 high0, {high};
+    mov.b32 low1, low0;
+    mov.b32 high1, high0;
+"""
+_GIVEN = """
+    mov.b32 low0, $13;
+    mov.b32 high0, $14;
+    mov.b32 low1, $15;
+    mov.b32 high1, $16;
+"""
+# scale and shift
+_SCALED = """
+    fma.rn.{x2} a, a, $9, $10;
+    fma.rn.{x2} b, b, $9, $10;
+    fma.rn.{x2} c, c, $11, $12;
+    fma.rn.{x2} d, d, $11, $12;
+"""
+_OUT = "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;"
+
+
+def _asm(codes: str, zero: str, scaled: str = "") -> tl.constexpr:
+    return tl.constexpr("{" + codes.replace("{zero}", zero) + scaled + _OUT + "}")
+
+
+_BF16 = _asm(_BF16_CODES, _EIGHT.format(low="0xC208C208", high="0xC000C000"))
+_FP16 = _asm(_FP16_CODES, _EIGHT.format(low="0xDC08DC08", high="0xCC80CC80"))
+_BF16_SCALED = _asm(_BF16_CODES, _GIVEN, _SCALED.format(x2="bf16x2"))
+_FP16_SCALED = _asm(_FP16_CODES, _GIVEN, _SCALED.format(x2="f16x2"))
+_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
+_SCALED_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r")
+
+
+def use_asm() -> bool:
+    """Whether kernels may use inline assembly: Triton's CPU interpreter refuses it."""
+    return not knobs.runtime.interpret
+
+
+@triton.jit
+def unpack(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """int32 words of any shape -> the eight tensors of elements 0..7, as DTYPE (bf16 or fp16)."""
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _BF16, _REGISTERS, [w], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            _FP16, _REGISTERS, [w], dtype=(tl.float16,) * 8, is_pure=True, pack=1
+        )
+    else:
+        return (
+            _code(w, 0, DTYPE),
+            _code(w, 16, DTYPE),
+            _code(w, 4, DTYPE),
+            _code(w, 20, DTYPE),
+            _code(w, 8, DTYPE),
+            _code(w, 24, DTYPE),
+            _code(w, 12, DTYPE),
+            _code(w, 28, DTYPE),
+        )
+
+
+@triton.jit
+def _code(w, NIBBLE: tl.constexpr, DTYPE: tl.constexpr):
+    q = w.to(tl.uint32, bitcast=True) >> NIBBLE & 15
+    return ((q.to(tl.float32) - SYMMETRIC_ZERO_POINT) * CODE_UNIT).to(DTYPE)
+
+
+@triton.jit
+def unpack_scaled(w, scale0, scale1, zero0, zero1, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Words -> elements (q - zero) * scale in DTYPE, times FP16_LIFT in fp16, each rounded once.
+
+    scale and zero are fp32 in the words' shape; 0 goes with p = 0 (elements 0..3), 1 with p = 1.
+    zero0 and zero1 may be None, for 8.
+    """
+    LIFT: tl.constexpr = FP16_LIFT if DTYPE == tl.float16 else 1.0
+    # what the forms of the two nibbles add to q / 4
+    LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
+    HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
+    s0 = scale0 * (LIFT / CODE_UNIT)
+    s1 = scale1 * (LIFT / CODE_UNIT)
+    if zero0 is None:
+        eight = tl.full(w.shape, SYMMETRIC_ZERO_POINT, tl.float32)
+        low0, high0, _ = _split_zero(eight, LOW, HIGH, DTYPE, ASM)
+        low1 = low0
+        high1 = high0
+        # -0: adding it changes nothing, the sign of 0 included
+        shift0 = tl.full(w.shape, -0.0, tl.float32)
+        shift1 = shift0
+    else:
+        low0, high0, rest0 = _split_zero(zero0, LOW, HIGH, DTYPE, ASM)
+        low1, high1, rest1 = _split_zero(zero1, LOW, HIGH, DTYPE, ASM)
+        shift0 = rest0 * s0
+        shift1 = rest1 * s1
+    args = [
+        w,
+        _pair(s0, DTYPE, ASM),
+        _pair(shift0, DTYPE, ASM),
+        _pair(s1, DTYPE, ASM),
+        _pair(shift1, DTYPE, ASM),
+        low0,
+        high0,
+        low1,
+        high1,
+    ]
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _BF16_SCALED, _SCALED_REGISTERS, args, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            _FP16_SCALED, _SCALED_REGISTERS, args, dtype=(tl.float16,) * 8, is_pure=True, pack=1
+        )
+    else:
+        return (
+            _scaled(w, 0, LOW, args[5], args[1], args[2], DTYPE),
+            _scaled(w, 16, LOW, args[5], args[1], args[2], DTYPE),
+            _scaled(w, 4, HIGH, args[6], args[1], args[2], DTYPE),
+            _scaled(w, 20, HIGH, args[6], args[1], args[2], DTYPE),
+            _scaled(w, 8, LOW, args[7], args[3], args[4], DTYPE),
+            _scaled(w, 24, LOW, args[7], args[3], args[4], DTYPE),
+            _scaled(w, 12, HIGH, args[8], args[3], args[4], DTYPE),
+            _scaled(w, 28, HIGH, args[8], args[3], args[4], DTYPE),
+        )
+
+
+@triton.jit
+def _split_zero(
+    zero, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
+    """A zero point as what is added to low and high nibbles, exactly, and what is left of it.
+
+    Beside LOW, DTYPE holds whole zero points (and halves below 0), so that rounding takes them.
+    """
+    exact = zero * CODE_UNIT + LOW
+    low = _pair(-exact, DTYPE, ASM)
+    rounded = _low_half(low, DTYPE)
+    return low, _pair(rounded + (LOW - HIGH), DTYPE, ASM), -rounded - exact
+
+
+@triton.jit
+def _pair(value, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> DTYPE, twice in an int32."""
+    # a conversion to one 16-bit number is sixteen times slower than one to two
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [value], tl.int32, is_pure=True, pack=1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [value], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        bits = value.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        return (bits & 0xFFFF) | (bits << 16)
+
+
+@triton.jit
+def _low_half(pair, DTYPE: tl.constexpr):
+    """The lower of two DTYPE numbers in an int32, as fp32."""
+    return pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _scaled(
+    w, NIBBLE: tl.constexpr, FORM: tl.constexpr, minus_zero, scale, shift, DTYPE: tl.constexpr
+):
+    q = (w.to(tl.uint32, bitcast=True) >> NIBBLE & 15).to(tl.float32)
+    code = (q * CODE_UNIT + FORM + _low_half(minus_zero, DTYPE)).to(DTYPE).to(tl.float32)
+    return (code * _low_half(scale, DTYPE) + _low_half(shift, DTYPE)).to(DTYPE)
+
+
+@triton.jit
+def join8(e0, e1, e2, e3, e4, e5, e6, e7):
+    """Elements of words [..] -> [.., p, q', r]."""
+    return tl.join(
+        tl.join(tl.join(e0, e4), tl.join(e2, e6)),
+        tl.join(tl.join(e1, e5), tl.join(e3, e7)),
+    )
+
+
+@triton.jit
+def unpack_operand(w, KWIDTH: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Words [R, BK / 8] -> weights [R, BK] of CODE_UNIT * (q - 8), k in KWIDTH's order."""
+    R: tl.constexpr = w.shape[0]
+    BK: tl.constexpr = w.shape[1] * 8
+    e0, e1, e2, e3, e4, e5, e6, e7 = unpack(w, DTYPE, ASM)
+    # [R, (block, t, i), p, q', r]
+    z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
+    if KWIDTH == 2:
+        z = z.reshape(R, BK // 128, 4, 4, 2, 2, 2).trans(0, 1, 3, 4, 5, 2, 6)
+    else:
+        z = z.reshape(R, BK // 128, 4, 4, 2, 4).trans(0, 1, 3, 4, 2, 5)
+    return z.reshape(R, BK)
+
+
+@triton.jit
+def permute_x(x, KWIDTH: tl.constexpr):
+    """x [R, BK] with k in the order that unpack_operand gives the weights."""
+    if KWIDTH == 2:
+        return x
+    else:
+        R: tl.constexpr = x.shape[0]
+        BK: tl.constexpr = x.shape[1]
+        return x.reshape(R, BK // 128, 4, 2, 2, 4, 2).trans(0, 1, 2, 3, 5, 4, 6).reshape(R, BK)

@@ -1,0 +1,134 @@
+"""A checked problem on a CUDA device -> its plan -> its kernels. The only importer of kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from w4tensor import arch, dispatch, reference
+from w4tensor.dispatch import ActQuantPlan, DecodePlan, DequantPlan, GemmPlan, Plan, Problem
+from w4tensor.kernels.act_quant_decode import act_quant_decode
+from w4tensor.kernels.act_quant_gemm import act_quant_gemm
+from w4tensor.kernels.decode import decode
+from w4tensor.kernels.dequantize import dequantize
+from w4tensor.kernels.gemm import gemm
+from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
+from w4tensor.layout import ACT_QUANT, COALESCED
+
+__all__ = ["act_quant_linear", "coalesced_linear", "quantize_activation"]
+
+_ACT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(device: int, *problem) -> Plan:
+    target = arch.current(device)
+    assert target is not None, "a CUDA tensor without CUDA"
+    return dispatch.plan(Problem(*problem), target)
+
+
+def _sixteen_bit(x: Tensor) -> Tensor:
+    """What the matrix unit takes: fp32 activations are rounded to bf16, whose range is theirs."""
+    x = x.bfloat16() if x.dtype == torch.float32 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def coalesced_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """x [.., K] and W [N, *], or x [E, M, K] and W [E, N, *], as ops.linear defines it."""
+    n, k = qdata.shape[-2], x.shape[-1]
+    stacked = qdata.ndim == 3
+    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
+    if y.numel() == 0:
+        return y
+    x3 = _sixteen_bit(x if stacked else x.reshape(1, -1, k))
+    e, m, _ = x3.shape
+    plan = _plan(x.device.index, m, n, k, group_size, _ACT_NAMES[x3.dtype], zero_point is None, e)
+    # slices along K are strided; kernels read whole rows
+    qdata, scale = qdata.contiguous(), scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    if isinstance(plan, (DecodePlan, GemmPlan)):
+        run = decode if isinstance(plan, DecodePlan) else gemm
+        run(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
+    elif isinstance(plan, DequantPlan):
+        _by_blocks(x3[0], qdata, scale, zero_point, bias, y.view(m, n), group_size, plan.rows)
+    else:
+        w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
+        y.copy_(reference.linear(x, w, bias))
+    return y
+
+
+def _by_blocks(x, qdata, scale, zero_point, bias, y, group_size: int, rows: int) -> None:
+    """y [M, N] = x @ W.T + bias by blocks of rows of W, through one workspace that stays in L2."""
+    n, k = y.shape[1], x.shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    workspace = torch.empty(min(rows, n), k, device=x.device, dtype=x.dtype)
+    for first in range(0, n, rows):
+        w = workspace[: min(rows, n - first)]
+        dequantize(qdata, scale, zero_point, w, first, group_size)
+        columns = y[:, first : first + rows]
+        part = None if bias is None else bias[first : first + rows]
+        if x.dtype != y.dtype:
+            columns.copy_(torch.nn.functional.linear(x, w, part))
+        elif part is None:
+            torch.mm(x, w.t(), out=columns)
+        else:
+            torch.addmm(part, x, w.t(), out=columns)
+
+
+def act_quant_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    act_group_size: int,
+) -> Tensor:
+    """x [.., K] and W [N, *], or x [E, M, K] and W [E, N, *], as ops.linear defines it."""
+    n, k = qdata.shape[-2], x.shape[-1]
+    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
+    if y.numel() == 0:
+        return y
+    x3 = x if qdata.ndim == 3 else x.reshape(1, -1, k)
+    e, m, _ = x3.shape
+    symmetric = zero_point is None
+    plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
+    if not isinstance(plan, ActQuantPlan):
+        q = ACT_QUANT.unpack(qdata, k)
+        return reference.act_quant_linear(x, q, scale, zero_point, act_group_size, bias)
+    codes, x_scale, x_sum = quantize_codes(x3, act_group_size, None if symmetric else group_size)
+    stacked = (e,) if qdata.ndim == 3 else (1,)
+    run = act_quant_decode if plan.decode else act_quant_gemm
+    run(
+        codes,
+        x_scale,
+        x_sum,
+        qdata.contiguous().view(*stacked, n, -1),
+        scale.contiguous().view(*stacked, n, -1),
+        None if zero_point is None else zero_point.contiguous().view(*stacked, n, -1),
+        bias,
+        y.view(e, m, n),
+        group_size,
+        act_group_size,
+        plan,
+    )
+    return y
+
+
+def quantize_activation(x: Tensor, act_group_size: int) -> tuple[Tensor, Tensor]:
+    """x [.., K] -> int8 [.., K] and fp32 [.., groups], as reference.quantize_activation."""
+    k = x.shape[-1]
+    codes, scale, _ = quantize_codes(x.reshape(1, -1, k), act_group_size)
+    return (
+        codes[..., :k].reshape(x.shape).contiguous(),
+        scale[0].mT.reshape(*x.shape[:-1], -1).contiguous(),
+    )

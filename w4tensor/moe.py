@@ -1,0 +1,199 @@
+"""The experts block on a CUDA device: from routed tokens to their sum, by the kernels of a plan.
+
+    y[t] = sum over j of weight[t, j] * down[e](act(gate_up[e](x[t]))),    e = ids[t, j]
+
+experts() is the whole of it. A module with an activation of its own runs first_product(), its
+activation on the rows it gets (in whatever order), then second_product().
+
+Nothing here synchronises with the device: routing, sizes of tiles and sentinels (ids outside
+0..E-1) stay on it, so that a CUDA graph may be replayed with other routings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from w4tensor.dispatch_experts import ActQuantGroupedPlan, ExpertsPlan, GroupedPlan, PairsPlan
+from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
+from w4tensor.kernels.combine import combine
+from w4tensor.kernels.grouped import multiply_grouped
+from w4tensor.kernels.pairs import multiply_pairs
+from w4tensor.kernels.quantize_activation import quantize_activation
+from w4tensor.kernels.routing import route, tiles_of
+
+__all__ = [
+    "Routing",
+    "Stack",
+    "experts",
+    "first_product",
+    "gathered_linear",
+    "grouped_linear",
+    "second_product",
+]
+
+
+class Stack(NamedTuple):
+    """Stacked weights [E, N, K] and what multiplies them.
+
+    Fields:
+        qdata: [E, N, *], COALESCED, or ACT_QUANT where there is an act_group_size.
+        scale, zero_point: [E, N, groups]. bias: [E, N] or None.
+        act_group_size: of int8 activations (-1: per token), where the plan takes such; None: never.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    group_size: int
+    bias: Tensor | None = None
+    act_group_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What both products of a block share.
+
+    Fields:
+        ids, weight: [T, top_k], contiguous.
+        order, tiles: as kernels/routing.py makes them; None on the pairs path.
+    """
+
+    ids: Tensor
+    weight: Tensor
+    order: Tensor | None
+    tiles: Tensor | None
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    plan: ExpertsPlan,
+    gate: str = "halves",
+    act: str = "silu",
+) -> Tensor:
+    """x [T, H], ids and weight [T, top_k] -> y [T, H] of x's dtype (bf16 or fp16).
+
+    Args:
+        gate: how rows of gate_up alternate: "halves", "interleaved", or "none" for no gate.
+        act: as kernels/gate.py names them.
+    """
+    h, routing = first_product(x, ids, weight, gate_up, plan, gate, act)
+    return second_product(h, routing, down, plan)
+
+
+def first_product(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    gate_up: Stack,
+    plan: ExpertsPlan,
+    gate: str = "none",
+    act: str = "none",
+) -> tuple[Tensor, Routing]:
+    """h [T * top_k, N] (N / 2 with a gate), one row a pair, and the routing.
+
+    Rows stand in the order that plan.second wants: pairs, or sorted. Those of sentinels are not
+    written.
+    """
+    tokens, top_k = ids.shape
+    n_experts, n = gate_up.scale.shape[:2]
+    ids, weight = ids.contiguous(), weight.contiguous()
+    x = _rows(x)
+    h = torch.empty(tokens * top_k, n if gate == "none" else n // 2, dtype=x.dtype, device=x.device)
+    if isinstance(plan.first, PairsPlan):
+        _pairs(x, ids.view(-1, 1), gate_up, h, plan.first, x_div=top_k, gate=gate, act=act)
+        return h, Routing(ids, weight, None, None)
+    order, _, tiles = route(ids, n_experts, plan.first.block_m, plan.first.pdl)
+    scatter = isinstance(plan.second, PairsPlan)
+    fused = dict(x_div=top_k, scatter=scatter, gate=gate, act=act)
+    _grouped(x, order, tiles, gate_up, h, plan.first, **fused)
+    return h, Routing(ids, weight, order, tiles)
+
+
+def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) -> Tensor:
+    """y [T, H]: each token's pairs times down, weighted and summed in the order of its slots."""
+    tokens, top_k = routing.ids.shape
+    n_experts, n = down.scale.shape[:2]
+    h = _rows(h)
+    y = torch.empty(tokens, n, dtype=h.dtype, device=h.device)
+    if isinstance(plan.second, PairsPlan):
+        return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
+    assert routing.tiles is not None and not isinstance(plan.first, PairsPlan)
+    assert plan.second.block_m == plan.first.block_m, "the tiles are those of the first product"
+    pairs = torch.empty(tokens * top_k, n, dtype=h.dtype, device=h.device)
+    _grouped(h, routing.order, routing.tiles, down, pairs, plan.second, scatter=True)
+    return combine(pairs, routing.ids, routing.weight, y, n_experts, plan.second.pdl)
+
+
+def grouped_linear(
+    x: Tensor, offs: Tensor, stack: Stack, plan: GroupedPlan | ActQuantGroupedPlan
+) -> Tensor:
+    """torch._grouped_mm: x [T, K] sorted by expert, offs int32 [E] where each ends -> [T, N].
+
+    Rows from offs[-1] on are zero.
+    """
+    y = torch.empty(x.shape[0], stack.scale.shape[1], dtype=x.dtype, device=x.device)
+    tiles = tiles_of(offs, x.shape[0], plan.block_m)
+    return _grouped(_rows(x), None, tiles, stack, y, plan)
+
+
+def gathered_linear(
+    x: Tensor, ids: Tensor, stack: Stack, plan: PairsPlan | GroupedPlan | ActQuantGroupedPlan
+) -> Tensor:
+    """x [S, K] and ids [S] -> W[ids[s]] @ x[s], [S, N], without copying W; sentinels give zeros."""
+    n_experts, n = stack.scale.shape[:2]
+    x, ids = _rows(x), ids.contiguous()
+    y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    if isinstance(plan, PairsPlan):
+        return _pairs(x, ids.view(-1, 1), stack, y, plan)
+    order, _, tiles = route(ids, n_experts, plan.block_m)
+    return _grouped(x, order, tiles, stack, y.zero_(), plan, x_div=1, scatter=True)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pairs(
+    x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: PairsPlan, **fused: Any
+) -> Tensor:
+    weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
+    return multiply_pairs(x, ids, *weights, y, stack.group_size, plan, **fused)
+
+
+def _grouped(
+    x: Tensor,
+    order: Tensor | None,
+    tiles: Tensor,
+    stack: Stack,
+    y: Tensor,
+    plan: GroupedPlan | ActQuantGroupedPlan,
+    **fused: Any,
+) -> Tensor:
+    weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
+    if isinstance(plan, GroupedPlan):
+        return multiply_grouped(x, order, tiles, *weights, y, stack.group_size, plan, **fused)
+    act_group_size = stack.act_group_size
+    assert act_group_size is not None, "these tiles are for int8 activations"
+    sums = None if stack.zero_point is None else stack.group_size
+    codes, scale, sum_ = quantize_activation(x[None], act_group_size, sums)
+    return multiply_act_quant_grouped(
+        codes[0],
+        scale[0],
+        None if sum_ is None else sum_[0],
+        order,
+        tiles,
+        *weights,
+        y,
+        stack.group_size,
+        act_group_size,
+        plan,
+        **fused,
+    )
