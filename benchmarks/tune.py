@@ -1,168 +1,319 @@
 """Find the tiles of w4tensor/tables: every candidate plan, compiled in parallel, timed one by one.
 
-    python -m benchmarks.tune --shapes 4096x4096,28672x4096 --m 1,16,64 --seconds 120 --out tune.csv
+    python -m benchmarks.tune --shapes 4096x4096,28672x4096x32 --m 1,16,64 --seconds 300 --out t.csv
 
-Candidates are compiled and run once in worker processes first (a crash there loses only itself, and
-Triton's disk cache keeps the binaries); those that give the right answer are then timed in this
-process by CUDA-graph replay over rotating weight copies. The rows are for a person, or
-`benchmarks/tables.py`, to choose from: the user's process never tunes.
+Worker processes compile each candidate and compare it with the oracle on a narrow weight first: a
+crash loses only its candidate, and Triton's disk cache keeps the binaries. The good ones are then
+timed in this process by CUDA-graph replay over rotating weight copies, and the best of them once
+more with the switches that make no other tile better (eviction, x ahead, PDL).
+
+Points that the output file already has are skipped, so that a run can go on where the last one
+stopped; none is started that `--seconds` may not hold. The user's process never tunes.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import functools
 import itertools
+import math
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import ceilings, timing
-from w4tensor import arch, reference
-from w4tensor.dispatch import GemmPlan
+from w4tensor import arch, launch
+from w4tensor.dispatch import KWIDTH_2_EVERYWHERE, Arch, DecodePlan, DequantPlan, GemmPlan
+from w4tensor.kernels.decode import decode
 from w4tensor.kernels.gemm import gemm
 from w4tensor.layout import COALESCED
-from w4tensor.testing import rel_err
+from w4tensor.testing import REL_ERR_BUDGET, random_codes, rel_err
 
-FIELDS = (
-    "n k group_size m block_m block_n group_n split_k scale_after kwidth num_warps num_stages x_tma us "
-    "read_us bf16_us rel_err"
-).split()
+FIELDS = "n k group_size zero m us read_us bf16_us rel_err plan".split()
 WORKERS = 14
+# rows of the narrow weight that workers compare on
+CHECKED_ROWS = 512
+DTYPE = torch.bfloat16
 
 
-def candidates(m: int, n: int, k: int, group_size: int, num_sms: int) -> list[GemmPlan]:
-    plans = []
-    blocks_m = [b for b in (8, 16, 32, 64, 128, 256) if b >= m][:2] or [128, 256]
-    if 64 < m:
-        blocks_m = [b for b in (32, 64, 128, 256) if b <= 2 * m][-3:]
-    steps = -(-k // 128)
-    for block_m, block_n, warps, stages, split in itertools.product(
-        blocks_m, (32, 64, 128, 256), (2, 4, 8), (3, 4, 5), (1, 2, 4, 8, 16)
-    ):
-        wgmma = block_m >= 16 and warps % 4 == 0 and block_n >= 64
-        tiles = -(-n // block_n) * -(-m // block_m)
-        if block_n < 16 * warps or block_n // warps > 64 or block_n * block_m > 256 * 128:
-            continue
-        if block_m >= 32 and not wgmma:
-            continue
-        if split > 1 and (split * 4 > steps or tiles * split > 12 * num_sms or m > 512):
-            continue
-        if tiles * split < num_sms // 3 and split < 16 and split * 8 <= steps:
-            continue
-        for after in {block_m <= 64 and group_size % 128 == 0, False}:
-            if block_m <= 32 and group_size % 128 == 0 and not after:
-                continue
-            for x_tma in {False, m >= 64}:
-                plans.append(
-                    GemmPlan(
-                        block_m, block_n, 8, split, after, 2 if wgmma else 4, warps, stages, x_tma
-                    )
-                )
+@dataclass(frozen=True)
+class Point:
+    """What is tuned: one shape, one number of tokens."""
+
+    n: int
+    k: int
+    group_size: int
+    zero: str
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}x{self.group_size}:{self.zero}:{self.m}"
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        shape, zero, m = text.split(":")
+        n, k, group_size = map(int, shape.split("x"))
+        return cls(n, k, group_size, zero, int(m))
+
+
+# candidates
+
+
+def candidates(p: Point, target: Arch) -> list:
+    """Plans that may be the best for `p`: decode up to 16 tokens, the matrix kernel from 9 on."""
+    plans: list = []
+    if p.m <= 16:
+        plans += _decode_plans(p, target)
+    if p.m > 8:
+        plans += _gemm_plans(p, target)
     return plans
 
 
-def make(n: int, k: int, group_size: int):
-    q = torch.randint(0, 16, (1, n, k), dtype=torch.uint8, device="cuda")
-    scale = ((torch.rand(1, n, k // group_size, device="cuda") + 0.5) / (4 * k**0.5)).bfloat16()
-    return q, COALESCED.pack(q), scale
-
-
-def worker(index: int, count: int, spec: str) -> None:
-    """Compile every count-th candidate, check it on a narrow weight, print the good ones."""
-    n, k, group_size, m, num_sms = map(int, spec.split(","))
-    small = min(n, 512)
-    q, qdata, scale = make(small, k, group_size)
-    x = torch.randn(1, m, k, device="cuda", dtype=torch.bfloat16)
-    ref = x.double() @ reference.dequantize(q, scale, None).double().mT
-    for i, plan in list(enumerate(candidates(m, n, k, group_size, num_sms)))[index::count]:
-        try:
-            y = torch.full((1, m, small), float("nan"), device="cuda", dtype=torch.bfloat16)
-            gemm(x, qdata, scale, None, None, y, group_size, plan)
-            if rel_err(y, ref) < 3e-3:
-                print(i, flush=True)
-        except Exception as error:
-            print(f"# {plan}: {error!r}"[:200], file=sys.stderr, flush=True)
-
-
-def compiled(spec: str, seconds: float) -> set[int]:
-    here = [sys.executable, "-m", "benchmarks.tune", "--worker"]
-    workers = [
-        subprocess.Popen(
-            [*here, f"{i}/{WORKERS}", "--spec", spec], stdout=subprocess.PIPE, text=True
-        )
-        for i in range(WORKERS)
-    ]
-    deadline = time.time() + seconds
-    good: set[int] = set()
-    for process in workers:
-        try:
-            out, _ = process.communicate(timeout=max(0.1, deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, _ = process.communicate()
-        good.update(int(line) for line in out.split())
-    return good
-
-
-def tune(n: int, k: int, group_size: int, m: int, writer, seconds: float) -> None:
-    target = arch.current()
-    assert target is not None
-    spec = f"{n},{k},{group_size},{m},{target.num_sms}"
-    start = time.time()
-    good = compiled(spec, seconds)
-    plans = candidates(m, n, k, group_size, target.num_sms)
-    compile_seconds = time.time() - start
-    q, qdata, scale = make(n, k, group_size)
-    del q
-    nbytes = qdata.numel() * 2 + scale.numel() * 2
-    copies = [(qdata.clone(), scale.clone()) for _ in range(timing.n_copies(nbytes))]
-    x = torch.randn(1, m, k, device="cuda", dtype=torch.bfloat16)
-    read_us = ceilings.read_us(nbytes)
-    dense = [
-        torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        for _ in range(timing.n_copies(2 * n * k))
-    ]
-    bf16_us = timing.graph_time([lambda w=w: x[0] @ w.t() for w in dense], 0.02).us
-    del dense
-    w = reference.dequantize(COALESCED.unpack(qdata, k), scale, None)
-    ref = x[:, : min(m, 64)].double() @ w.double().mT if n * k < 1 << 28 else None
-    del w
-    rows = []
-    y = torch.empty(1, m, n, device="cuda", dtype=torch.bfloat16)
-    for i in sorted(good):
-        plan = plans[i]
-
-        def call(qdata, scale, plan=plan):
-            gemm(x, qdata, scale, None, None, y, group_size, plan)
-
-        try:
-            call(*copies[0])
-            error = rel_err(y[:, :64], ref) if ref is not None else float("nan")
-            us = timing.graph_time([lambda c=c, call=call: call(*c) for c in copies], 0.004).us
-        except Exception as failure:
-            print(f"# {plan}: {failure!r}"[:200], file=sys.stderr)
+def _decode_plans(p: Point, target: Arch) -> list[DecodePlan]:
+    kwidth = 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
+    block_m = 8 if p.m <= 8 else 16
+    blocks = math.ceil(p.k / 128)
+    plans = []
+    for block_n, block_k, warps, split in itertools.product(
+        (16, 32, 64, 128), (128, 256, 512), (1, 2, 4, 8, 16), (1, 2, 4, 8)
+    ):
+        # registers of a step's words, and of the sums
+        words, sums = block_n * block_k // 256, block_n * block_m // 32
+        if 2 * words + sums + block_m * block_k // 64 > 200:
             continue
-        rows.append((us, plan, error))
-    rows.sort(key=lambda row: row[0])
-    for us, plan, error in rows[:12]:
-        values = [getattr(plan, name) for name in FIELDS[4:13]]
-        measured = [f"{us:.2f}", f"{read_us:.2f}", f"{bf16_us:.2f}", f"{error:.1e}"]
-        writer.writerow([n, k, group_size, m, *values, *measured])
-    best = " | ".join(
-        f"{us:.1f} {p.block_m}x{p.block_n}/{p.split_k} w{p.num_warps} s{p.num_stages}"
-        f"{' after' if p.scale_after else ''}{' tma' if p.x_tma else ''}"
-        for us, p, _ in rows[:4]
-    )
+        if p.group_size != p.k and warps * block_k % p.group_size:
+            continue
+        steps = blocks * 128 / (block_k * warps * split)
+        programs = math.ceil(p.n / block_n) * split
+        if steps < 0.5 or (split > 1 and (programs * warps > 64 * target.num_sms or steps < 1)):
+            continue
+        # fewer than two warps a multiprocessor, where more could be had
+        if programs * warps < 2 * target.num_sms and steps > 1:
+            continue
+        plans.append(DecodePlan(block_m, block_n, block_k, warps, split, kwidth))
+    return plans
+
+
+def _gemm_plans(p: Point, target: Arch) -> list[GemmPlan]:
+    hopper = target.capability[0] == 9
+    # the tile that holds all tokens, and half of it
+    fits = [b for b in (16, 32, 64, 128, 256) if b < 2 * p.m][-2:]
+    depths = (3, 4, 5) if p.m <= 64 else (2, 3, 4)
+    blocks = math.ceil(p.k / 128)
+    plans = []
+    for block_m, block_n, warps, stages, split, tma in itertools.product(
+        fits, (64, 128, 256), (4, 8), depths, (1, 2, 4, 8), (False, True)
+    ):
+        if (
+            block_n < 16 * warps
+            or block_m * block_n > 256 * 128
+            or (tma and not (hopper and block_m >= 64))
+        ):
+            continue
+        sums = block_m * block_n // (32 * warps)
+        shared = stages * 128 * (2 * block_m + block_n // 2)
+        if sums > 128 or shared > 220_000 or (block_m >= 128 and not tma):
+            continue
+        programs = math.ceil(p.n / block_n) * math.ceil(p.m / block_m) * split
+        if split > 1 and (p.m > 256 or programs > 6 * target.num_sms or blocks < 4 * split):
+            continue
+        # less than a third of the card, where more could be had
+        few = programs < target.num_sms // 3
+        if few and p.m <= 256 and split < 8 and blocks >= 8 * split:
+            continue
+        after = p.zero == "symmetric" and block_m <= 64 and p.group_size % 128 == 0
+        kwidth = 2 if hopper or target.triton >= KWIDTH_2_EVERYWHERE else 4
+        plan = GemmPlan(block_m, block_n, 8, split, False, kwidth, warps, stages, x_tma=tma)
+        plans.append(plan)
+        if after:
+            plans.append(dataclasses.replace(plan, scale_after=True))
+        if warps == 8 and 64 <= sums < 128 and 2 * shared < 220_000:
+            plans.append(dataclasses.replace(plan, maxnreg=128))
+    return plans
+
+
+def variants(plan) -> list:
+    """The switches of `plan` that make no other tile better."""
+    if isinstance(plan, DecodePlan):
+        return [
+            dataclasses.replace(plan, x_ahead=ahead, evict=evict, pdl=pdl)
+            for ahead, evict, pdl in itertools.product(
+                (False, True), ("", "evict_first"), (False, True)
+            )
+            if (ahead, evict, pdl) != (False, "", False)
+        ]
+    if isinstance(plan, GemmPlan):
+        splits = (plan.split_k - 1, plan.split_k + 1) if plan.split_k > 1 else ()
+        return [dataclasses.replace(plan, split_k=split) for split in splits if split > 1] + [
+            dataclasses.replace(plan, group_n=g) for g in (4, 16) if plan.block_m > 64
+        ]
+    return []
+
+
+# running one
+
+
+def run(plan, x: Tensor, codes: tuple, y: Tensor, group_size: int) -> None:
+    """y [1, M, N] by `plan`; codes are qdata, scale, zero_point [1, N, ..]."""
+    if isinstance(plan, DequantPlan):
+        qdata, scale, zero = (None if t is None else t[0] for t in codes)
+        launch._by_blocks(x[0], qdata, scale, zero, None, y[0], group_size, plan.rows)
+    else:
+        product = decode if isinstance(plan, DecodePlan) else gemm
+        product(x, *codes, None, y, group_size, plan)
+
+
+def _weight(p: Point, n: int) -> tuple[tuple, Tensor]:
+    """(qdata, scale, zero_point) [1, n, ..] and the fp32 weight [n, K], on the device."""
+    codes = random_codes(1, n, p.k, group_size=p.group_size, zero_point=p.zero, device="cuda")
+    w = codes.dequantize()[0]
+    return (COALESCED.pack(codes.q), codes.scale, codes.zero_point), w
+
+
+def worker(text: str, indices: list[int]) -> None:
+    """Try candidates one after another; `try i` before each, `ok i` after each that is right."""
+    p = Point.parse(text)
+    plans = candidates(p, _target())
+    rows = min(p.n, CHECKED_ROWS)
+    codes, w = _weight(p, rows)
+    x = torch.randn(1, p.m, p.k, device="cuda", dtype=DTYPE)
+    expected = x[0].double() @ w.double().T
+    y = torch.empty(1, p.m, rows, device="cuda", dtype=DTYPE)
+    for i in indices:
+        print(f"try {i}", flush=True)
+        y.fill_(torch.nan)
+        try:
+            run(plans[i], x, codes, y, p.group_size)
+            first = y.clone()
+            run(plans[i], x, codes, y, p.group_size)
+            error = rel_err(y[0], expected)
+        except Exception as failure:
+            print(f"# {plans[i]}: {failure!r}"[:300], file=sys.stderr, flush=True)
+            # a broken context fails whatever comes after; one that only lacks a plan does not
+            torch.cuda.synchronize()
+            continue
+        if error <= REL_ERR_BUDGET[DTYPE] and torch.equal(first, y):
+            print(f"ok {i}", flush=True)
+        else:
+            print(f"# {plans[i]}: error {error:.1e}", file=sys.stderr, flush=True)
+
+
+def compiled(p: Point, count: int, seconds: float) -> list[int]:
+    """Indices of the candidates that compile and give the right answer twice."""
+    good: list[int] = []
+    deadline = time.time() + seconds
+
+    def serve(indices: list[int]) -> None:
+        # a process that dies leaves the rest to the next one
+        left = None
+        while indices and time.time() < deadline and len(indices) != left:
+            left = len(indices)
+            command = [sys.executable, "-m", "benchmarks.tune", "--worker", str(p)]
+            command += ["--indices", ",".join(map(str, indices))]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                killer = threading.Timer(max(0.1, deadline - time.time()), process.kill)
+                killer.start()
+                assert process.stdout is not None
+                for line in process.stdout:
+                    word, index = line.split()
+                    if word == "try":
+                        indices.remove(int(index))
+                    else:
+                        good.append(int(index))
+                killer.cancel()
+            if process.returncode == 0:
+                return
+
+    order = list(range(count))
+    threads = [
+        threading.Thread(target=serve, args=(order[i::WORKERS],))
+        for i in range(min(WORKERS, count))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(good)
+
+
+@functools.cache
+def _target() -> Arch:
+    target = arch.current(torch.cuda.current_device())
+    assert target is not None, "tuning needs a GPU"
+    return target
+
+
+# timing
+
+
+def tune(p: Point, writer, compile_seconds: float, keep: int) -> None:
+    start = time.time()
+    plans = candidates(p, _target())
+    good = compiled(p, len(plans), compile_seconds)
+    compile_time = time.time() - start
+
+    codes, w = _weight(p, p.n)
+    nbytes = sum(t.nbytes for t in codes if t is not None)
+    copies = [
+        tuple(None if t is None else t.clone() for t in codes)
+        for _ in range(timing.n_copies(nbytes))
+    ]
+    x = torch.randn(1, p.m, p.k, device="cuda", dtype=DTYPE)
+    y = torch.empty(1, p.m, p.n, device="cuda", dtype=DTYPE)
+    rows = min(p.m, 256)
+    expected = x[0, :rows].float() @ w.T
+    dense = [w.to(DTYPE) for _ in range(timing.n_copies(2 * p.n * p.k))]
+    del w
+    read_us = ceilings.read_us(nbytes)
+    bf16_us = timing.graph_time([lambda w=w: x[0] @ w.T for w in dense], 0.02).us
+    del dense
+
+    def measure(plan, seconds: float) -> tuple[float, object, float] | None:
+        try:
+            y.fill_(torch.nan)
+            run(plan, x, codes, y, p.group_size)
+            error = rel_err(y[0, :rows], expected)
+            calls = [lambda c=c: run(plan, x, c, y, p.group_size) for c in copies]
+            return timing.graph_time(calls, seconds).us, plan, error
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            print(f"# {plan}: {failure!r}"[:300], file=sys.stderr)
+            return None
+
+    tried = [plans[i] for i in good]
+    if p.m >= 256:
+        tried += [DequantPlan(r) for r in (1024, 2048, 4096, 8192, 16384) if r < 2 * p.n]
+    timed = [row for plan in tried if (row := measure(plan, 0.004)) is not None]
+    timed.sort(key=lambda row: row[0])
+    # the best ones again, for longer, with their variants
+    finalists = [plan for _, plan, _ in timed[:keep]]
+    finalists += [v for _, plan, _ in timed[:3] for v in variants(plan)]
+    finals = [row for plan in finalists if (row := measure(plan, 0.02)) is not None]
+    finals.sort(key=lambda row: row[0])
+    for us, plan, error in finals[:keep]:
+        head = [p.n, p.k, p.group_size, p.zero, p.m]
+        writer.writerow(
+            [*head, f"{us:.2f}", f"{read_us:.2f}", f"{bf16_us:.2f}", f"{error:.1e}", plan]
+        )
+    total = time.time() - start
     print(
-        f"{n}x{k} g{group_size} M={m}: read {read_us:.1f} bf16 {bf16_us:.1f} | {best} "
-        f"[{len(rows)}/{len(plans)}, {compile_seconds:.0f} s + "
-        f"{time.time() - start - compile_seconds:.0f} s]",
+        f"{p}: read {read_us:.1f} bf16 {bf16_us:.1f} us; {len(good)} of {len(plans)} right, "
+        f"{compile_time:.0f} + {total - compile_time:.0f} s",
         flush=True,
     )
+    for us, plan, error in finals[:5]:
+        times = f"{us:8.2f} us  {us / read_us:.2f} read  {us / bf16_us:.2f} bf16"
+        print(f"    {times}  e {error:.1e}  {plan}")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -171,26 +322,43 @@ def main() -> None:
     )
     parser.add_argument("--shapes", default="4096x4096", help="NxK or NxKxgroup, by commas")
     parser.add_argument("--m", default="1", help="token counts, by commas")
-    parser.add_argument("--seconds", type=float, default=300, help="stop starting after this")
+    parser.add_argument("--zero", default="symmetric", choices=("symmetric", "fractional"))
+    parser.add_argument("--seconds", type=float, default=540, help="of the whole run")
+    parser.add_argument("--compile-seconds", type=float, default=60, help="of one point, at most")
+    parser.add_argument("--keep", type=int, default=8, help="rows of each point")
     parser.add_argument("--out", type=Path, default=Path("tune.csv"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--spec", help=argparse.SUPPRESS)
+    parser.add_argument("--indices", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        index, count = map(int, args.worker.split("/"))
-        worker(index, count, args.spec)
+        worker(args.worker, [int(i) for i in args.indices.split(",")])
         return
     start = time.time()
+    done: set[str] = set()
+    if args.out.exists():
+        with args.out.open(newline="") as file:
+            done = {
+                f"{r['n']}x{r['k']}x{r['group_size']}:{r['zero']}:{r['m']}"
+                for r in csv.DictReader(file)
+            }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    longest = 0.0
     with args.out.open("a", newline="") as file:
         writer = csv.writer(file)
-        if not args.out.stat().st_size:
+        if file.tell() == 0:
             writer.writerow(FIELDS)
         for m, shape in itertools.product(args.m.split(","), args.shapes.split(",")):
             n, k, *group = map(int, shape.split("x"))
-            if time.time() - start > args.seconds:
-                print(f"# out of time before {shape} M={m}")
-                return
-            tune(n, k, group[0] if group else 128, int(m), writer, seconds=90)
+            point = Point(n, k, group[0] if group else 128, args.zero, int(m))
+            if str(point) in done:
+                continue
+            left = args.seconds - (time.time() - start)
+            if left < longest:
+                print(f"# no time left for {point}: {left:.0f} s")
+                continue
+            began = time.time()
+            tune(point, writer, min(args.compile_seconds, left / 2), args.keep)
+            longest = max(longest, time.time() - began)
             file.flush()
             torch.cuda.empty_cache()
 

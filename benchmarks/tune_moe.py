@@ -100,7 +100,8 @@ def grouped_candidates(block_m: int, kwidth: int) -> Iterator[GroupedPlan]:
             if (after and sums > 64) or (not after and block_m <= 16):
                 continue
             order = 2 if wgmma else kwidth
-            yield GroupedPlan(block_m, block_n, after, order, warps, stages)
+            for narrow_m in _narrow(block_m):
+                yield GroupedPlan(block_m, block_n, after, order, warps, stages, narrow_m)
 
 
 def act_quant_candidates(block_m: int, kwidth: int) -> Iterator[ActQuantGroupedPlan]:
@@ -111,12 +112,24 @@ def act_quant_candidates(block_m: int, kwidth: int) -> Iterator[ActQuantGroupedP
             continue
         # int8 operands hold twice as many k: the same two orders, under twice the number
         order = 4 if block_m >= 16 else 2 * kwidth
-        yield ActQuantGroupedPlan(block_m, block_n, order, warps, stages)
+        for narrow_m in _narrow(block_m):
+            yield ActQuantGroupedPlan(block_m, block_n, order, warps, stages, narrow_m)
+
+
+def _narrow(block_m: int) -> tuple[int, ...]:
+    return (0, block_m // 4) if block_m >= 64 else (0,)
 
 
 def candidates(problem: ExpertsProblem, kwidth: int) -> tuple[list[Plan], list[Plan]]:
     """Plans of the first and of the second product."""
-    grouped = grouped_candidates if problem.act_group_size is None else act_quant_candidates
+    int8 = problem.act_group_size is not None
+
+    def grouped(block_m: int, kwidth: int) -> Iterator[Plan]:
+        if not int8 or (block_m == 8 and kwidth == 4):
+            yield from grouped_candidates(block_m, kwidth)
+        if int8:
+            yield from act_quant_candidates(block_m, kwidth)
+
     first: list[Plan] = []
     second: list[Plan] = []
     if problem.pairs <= TRY_PAIRS_UP_TO:

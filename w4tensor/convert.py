@@ -64,7 +64,8 @@ def _of_int4(weight) -> tuple[Tensor, Tensor, Tensor, int]:
 
 def _of_intx(weight) -> tuple[Tensor, Tensor, Tensor | None, int]:
     # w = (q - zero) * scale, q in -8..7, one int8 a code; scale and zero are [.., G]
-    if weight.target_dtype != torch.int4 or weight.activation_quantization is not None:
+    int4 = torch.int4  # type: ignore[attr-defined]
+    if weight.target_dtype != int4 or weight.activation_quantization is not None:
         raise Unsupported(
             f"the tensor is {weight.target_dtype} with "
             f"activation_quantization={weight.activation_quantization}; only int4 weights convert"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from w4tensor.errors import Unsupported
 
+if TYPE_CHECKING:
+    from w4tensor.dispatch_act_quant import ActQuantPlan
+
 __all__ = [
-    "ActQuantPlan",
     "Arch",
     "DecodePlan",
     "DequantPlan",
@@ -24,15 +26,14 @@ __all__ = [
     "plan",
 ]
 
-# up to here kernels/decode.py reads every weight word once and the time is theirs; above it, wgmma
-# needs fewer instructions for 16 tokens than two mma.sync of 8 (measured: 26 against 34 us)
-DECODE_MAX_M = 8
+# up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
+# x (28672 x 4096: 20.1 and 22.2 us for 1 and 2 tokens against 24.8; 24.7 for 3)
+DECODE_MAX_M = 2
 # rows up to which a decode program takes 8 of them instead of 16
 DECODE_NARROW_N = 4096
 WARPS_PER_SM = 12
 # half of a Hopper's L2
 WORKSPACE_BYTES = 32 << 20
-ACT_QUANT_DECODE_MAX_M = 16
 # bf16 tensor cores, cp.async
 MIN_CAPABILITY = (8, 0)
 HOPPER = 9
@@ -62,7 +63,8 @@ class Tile:
 
 # the best of benchmarks/tune.py on an H200; beside each, us at 28672 x 4096, group 128, bf16
 HOPPER_TILES = (
-    Tile(16, 16, 64, 4, programs_per_sm=2),  # M = 16: 26.1
+    Tile(8, 8, 64, 4, programs_per_sm=2),  # M = 3 .. 8: 24.9
+    Tile(16, 16, 64, 4, programs_per_sm=2),  # M = 9 .. 16: 25.9
     Tile(32, 32, 128, 5, programs_per_sm=2),  # M = 32: 28.8
     Tile(64, 64, 128, 5),  # M = 64: 34.3
     Tile(math.inf, 128, 64, 3),  # M = 128: 55.8, 256: 109.2, 512: 198.4
@@ -143,30 +145,6 @@ class GemmPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ActQuantPlan:
-    """Activations quantised in one launch, then one of kernels/act_quant_{decode,gemm}.py.
-
-    Fields:
-        decode: which of the two; the rest is its tile, and the slices of K.
-    """
-
-    decode: bool
-    block_m: int
-    block_n: int
-    block_k: int
-    split_k: int
-    kwidth: int
-    num_warps: int
-    num_stages: int
-    pdl: bool = False
-
-    @property
-    def name(self) -> str:
-        regime = "decode" if self.decode else "gemm"
-        return f"int8 {regime} {self.block_m}x{self.block_n}/{self.split_k}"
-
-
-@dataclass(frozen=True, slots=True)
 class DequantPlan:
     """Very many tokens: blocks of `rows` rows of W are dequantised to a workspace for cuBLAS."""
 
@@ -181,10 +159,10 @@ class ReferencePlan:
     name: ClassVar[str] = "reference"
 
 
-Plan = DecodePlan | GemmPlan | ActQuantPlan | DequantPlan | ReferencePlan
+Plan = DecodePlan | GemmPlan | DequantPlan | ReferencePlan
 
 
-def plan(problem: Problem, arch: Arch) -> Plan:
+def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
     """The plan for `problem` on `arch`; there is one for every legal problem.
 
     Raises:
@@ -194,6 +172,9 @@ def plan(problem: Problem, arch: Arch) -> Plan:
     >>> plan(Problem(m=1, n=4096, k=4096, group_size=128, act="bf16"), h200).name
     'decode 8x8/4'
     """
+    # below, because it builds on this file
+    from w4tensor.dispatch_act_quant import plan_act_quant
+
     p = problem
     if min(p.m, p.n, p.k, p.batch, p.group_size) < 1:
         raise Unsupported(f"every size of {p} must be at least 1")
@@ -202,7 +183,7 @@ def plan(problem: Problem, arch: Arch) -> Plan:
     if arch.capability < MIN_CAPABILITY:
         return ReferencePlan()
     if p.act == "int8":
-        return _act_quant_plan(p, arch)
+        return plan_act_quant(p, arch)
     if p.batch == 1 and p.m >= _dequant_from_m(p):
         return DequantPlan(rows=_workspace_rows(p))
     if p.m <= DECODE_MAX_M:
@@ -240,7 +221,8 @@ def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
 
 
 def _dequant_from_m(p: Problem) -> int:
-    return 1536
+    """Where dequantising costs less than the tiles lose to cuBLAS: measured at 2**24 and 2**27."""
+    return 1024 if p.n * p.k >= 1 << 26 else 2048
 
 
 def _workspace_rows(p: Problem) -> int:
@@ -269,31 +251,13 @@ def _gemm_plan(p: Problem, arch: Arch) -> GemmPlan:
         kwidth=2 if wgmma or arch.triton >= KWIDTH_2_EVERYWHERE else 4,
         num_warps=4,
         num_stages=tile.num_stages,
-        x_tma=hopper and block_m >= 64,
+        # otherwise rows past M read the last one over and over: 44 us for 1 token in a tile of 16
+        x_tma=hopper,
     )
 
 
 def _tiles(p: Problem, block_m: int, block_n: int) -> int:
     return -(-p.n // block_n) * -(-p.m // block_m) * p.batch
-
-
-def _act_quant_plan(p: Problem, arch: Arch) -> ActQuantPlan:
-    decode = p.m <= ACT_QUANT_DECODE_MAX_M
-    block_m = next((b for b in (8, 16, 32, 64, 128) if p.m <= b), 128)
-    block_n = 64 if decode else 128
-    if arch.capability[0] != HOPPER:
-        block_m = min(block_m, 64)
-    tiles = -(-p.n // block_n) * -(-p.m // block_m) * p.batch
-    return ActQuantPlan(
-        decode=decode,
-        block_m=block_m,
-        block_n=block_n,
-        block_k=128,
-        split_k=_split_k(tiles, p.k, (4 if decode else 1) * arch.num_sms),
-        kwidth=4,
-        num_warps=4 if block_m <= 64 else 8,
-        num_stages=4 if block_m <= 64 else 3,
-    )
 
 
 def _split_k(tiles: int, k: int, wanted: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from w4tensor.dispatch import DECODE_MAX_M, HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
+from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
 
 __all__ = [
     "ActQuantDecodePlan",
@@ -26,10 +26,12 @@ __all__ = [
     "plan_act_quant",
 ]
 
+# most tokens of the decode kernel
+DECODE_MAX_M = 16
 # most tokens of the dp4a kernel: at 2 it needs as many instructions as the matrix unit's
 DP4A_MAX_M = 1
 # from here on, with scales finer than 128 k, the library's 16-bit product is the faster one
-ROUNDED_FROM_M = 1024
+ROUNDED_FROM_M = 128
 # what cells of 32 k leave room for in the registers of 256 threads
 FINE_BLOCK_M = 64
 
@@ -83,7 +85,11 @@ class ActQuantDecodePlan:
 
 @dataclass(frozen=True, slots=True)
 class ActQuantGemmPlan:
-    """One launch of kernels/act_quant_gemm.py. block_k is a multiple of 128."""
+    """One launch of kernels/act_quant_gemm.py. block_k is a multiple of 128.
+
+    Fields:
+        x_tma: x comes by the tensor memory accelerator (Hopper).
+    """
 
     block_m: int
     block_n: int
@@ -92,6 +98,7 @@ class ActQuantGemmPlan:
     kwidth: int
     num_warps: int
     num_stages: int
+    x_tma: bool = False
 
     @property
     def name(self) -> str:
@@ -145,14 +152,16 @@ def _dp4a_plan(p: Problem, arch: Arch) -> ActQuantDp4aPlan:
 
 def _decode_plan(p: Problem, arch: Arch) -> ActQuantDecodePlan:
     block_k = 512 if p.k > 256 else 256
-    tiles = -(-p.n // 32) * p.batch
+    # two products a cell leave registers for one tile of 16 rows
+    block_n = 16 if p.group_size == 16 else 32
+    tiles = -(-p.n // block_n) * p.batch
     steps = -(-p.k // block_k)
     split_k = 1
     while tiles * split_k < 2 * arch.num_sms and split_k * 2 * 2 <= steps and split_k < 8:
         split_k *= 2
     return ActQuantDecodePlan(
         block_m=8 if p.m <= 8 else 16,
-        block_n=32,
+        block_n=block_n,
         block_k=block_k,
         split_k=split_k,
         kwidth=4 if arch.triton >= KWIDTH_2_EVERYWHERE else 8,
@@ -180,6 +189,7 @@ def _gemm_plan(p: Problem, arch: Arch) -> ActQuantGemmPlan:
         kwidth=4 if hopper or arch.triton >= KWIDTH_2_EVERYWHERE else 8,
         num_warps=8 if block_m >= 64 and hopper else 4,
         num_stages=3 if block_m >= 128 else 4,
+        x_tma=hopper and block_m >= 64,
     )
 
 

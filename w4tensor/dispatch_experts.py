@@ -92,7 +92,11 @@ class PairsPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupedPlan:
-    """One launch of kernels/grouped.py: tile, and where the scales are applied."""
+    """One launch of kernels/grouped.py: tile, and where the scales are applied.
+
+    Fields:
+        narrow_m: tiles with at most so many rows multiply no more; 0: all are of block_m.
+    """
 
     block_m: int
     block_n: int
@@ -100,6 +104,7 @@ class GroupedPlan:
     kwidth: int
     num_warps: int
     num_stages: int
+    narrow_m: int = 0
     pdl: bool = False
 
     @property
@@ -109,13 +114,14 @@ class GroupedPlan:
 
 @dataclass(frozen=True, slots=True)
 class ActQuantGroupedPlan:
-    """One launch of kernels/act_quant_grouped.py."""
+    """One launch of kernels/act_quant_grouped.py; fields as in GroupedPlan."""
 
     block_m: int
     block_n: int
     kwidth: int
     num_warps: int
     num_stages: int
+    narrow_m: int = 0
     pdl: bool = False
 
     @property
@@ -194,6 +200,7 @@ def plan_grouped(
             kwidth=4 if natural else 8,
             num_warps=8 if block_m == 64 else 4,
             num_stages=4 if block_m <= 16 else 3,
+            narrow_m=_narrow(block_m) if hopper else 0,
         )
     return GroupedPlan(
         block_m=block_m,
@@ -202,7 +209,12 @@ def plan_grouped(
         kwidth=2 if natural else 4,
         num_warps=8 if block_m == 128 else 4,
         num_stages=4 if block_m <= 16 else 3,
+        narrow_m=_narrow(block_m) if hopper else 0,
     )
+
+
+def _narrow(block_m: int) -> int:
+    return block_m // 4 if block_m >= 64 else 0
 
 
 def _rows_an_expert(rows: int, experts: int) -> float:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from w4tensor import arch, dispatch, reference
-from w4tensor.dispatch import ActQuantPlan, DecodePlan, DequantPlan, GemmPlan, Plan, Problem
+from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem
+from w4tensor.dispatch_act_quant import (
+    ActQuantDecodePlan,
+    ActQuantDp4aPlan,
+    ActQuantGemmPlan,
+    ActQuantRoundedPlan,
+)
 from w4tensor.kernels.act_quant_decode import act_quant_decode
+from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
+from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
 from w4tensor.kernels.act_quant_gemm import act_quant_gemm
 from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
+from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
 
 __all__ = ["act_quant_linear", "coalesced_linear", "quantize_activation"]
@@ -23,7 +33,7 @@ _ACT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(device: int, *problem) -> Plan:
+def _plan(device: int, *problem):
     target = arch.current(device)
     assert target is not None, "a CUDA tensor without CUDA"
     return dispatch.plan(Problem(*problem), target)
@@ -55,29 +65,43 @@ def coalesced_linear(
     # slices along K are strided; kernels read whole rows
     qdata, scale = qdata.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    if isinstance(plan, (DecodePlan, GemmPlan)):
-        run = decode if isinstance(plan, DecodePlan) else gemm
-        run(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
+    if isinstance(plan, DecodePlan):
+        decode(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
+    elif isinstance(plan, GemmPlan):
+        gemm(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
     elif isinstance(plan, DequantPlan):
-        _by_blocks(x3[0], qdata, scale, zero_point, bias, y.view(m, n), group_size, plan.rows)
+        weight = (qdata, scale, zero_point, group_size)
+        _by_blocks(dequantize, x3[0], *weight, bias, y.view(m, n), plan.rows)
     else:
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         y.copy_(reference.linear(x, w, bias))
     return y
 
 
-def _by_blocks(x, qdata, scale, zero_point, bias, y, group_size: int, rows: int) -> None:
+def _by_blocks(
+    dequantize_rows: Callable,
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    rows: int,
+) -> None:
     """y [M, N] = x @ W.T + bias by blocks of rows of W, through one workspace that stays in L2."""
     n, k = y.shape[1], x.shape[1]
     bias = None if bias is None else bias.to(x.dtype)
     workspace = torch.empty(min(rows, n), k, device=x.device, dtype=x.dtype)
     for first in range(0, n, rows):
         w = workspace[: min(rows, n - first)]
-        dequantize(qdata, scale, zero_point, w, first, group_size)
+        dequantize_rows(qdata, scale, zero_point, w, first, group_size)
         columns = y[:, first : first + rows]
         part = None if bias is None else bias[first : first + rows]
         if x.dtype != y.dtype:
-            columns.copy_(torch.nn.functional.linear(x, w, part))
+            columns.copy_(torch.mm(x, w.t(), out_dtype=y.dtype))
+            if part is not None:
+                columns += part
         elif part is None:
             torch.mm(x, w.t(), out=columns)
         else:
@@ -102,19 +126,27 @@ def act_quant_linear(
     e, m, _ = x3.shape
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
-    if not isinstance(plan, ActQuantPlan):
+    qdata, scale = qdata.contiguous(), scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    if isinstance(plan, ActQuantRoundedPlan):
+        rounded = round_activation(x3, act_group_size)[0]
+        weight = (qdata, scale, zero_point, group_size)
+        _by_blocks(act_quant_dequantize, rounded, *weight, bias, y.view(m, n), plan.rows)
+        return y
+    run = _ACT_QUANT_KERNELS.get(type(plan))
+    if run is None:
         q = ACT_QUANT.unpack(qdata, k)
         return reference.act_quant_linear(x, q, scale, zero_point, act_group_size, bias)
-    codes, x_scale, x_sum = quantize_codes(x3, act_group_size, None if symmetric else group_size)
-    stacked = (e,) if qdata.ndim == 3 else (1,)
-    run = act_quant_decode if plan.decode else act_quant_gemm
+    sum_group_size = None if symmetric else group_size
+    pdl = getattr(plan, "pdl", False)
+    codes, x_scale, x_sum = quantize_codes(x3, act_group_size, sum_group_size, pdl=pdl)
     run(
         codes,
         x_scale,
         x_sum,
-        qdata.contiguous().view(*stacked, n, -1),
-        scale.contiguous().view(*stacked, n, -1),
-        None if zero_point is None else zero_point.contiguous().view(*stacked, n, -1),
+        qdata.view(e, n, -1),
+        scale.view(e, n, -1),
+        None if zero_point is None else zero_point.view(e, n, -1),
         bias,
         y.view(e, m, n),
         group_size,
@@ -122,6 +154,13 @@ def act_quant_linear(
         plan,
     )
     return y
+
+
+_ACT_QUANT_KERNELS: dict[type, Callable] = {
+    ActQuantDp4aPlan: act_quant_dp4a,
+    ActQuantDecodePlan: act_quant_decode,
+    ActQuantGemmPlan: act_quant_gemm,
+}
 
 
 def quantize_activation(x: Tensor, act_group_size: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from w4tensor.errors import PackingError, Unsupported
 
@@ -51,6 +52,7 @@ __all__ = [
     "check_contract",
     "check_group_size",
     "check_values",
+    "has_values",
     "padded_k",
 ]
 
@@ -215,18 +217,20 @@ def check_contract(
             raise PackingError("zero_point.device", zero_point.device, f"{qdata.device}, as qdata")
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether there are values to read: not on meta, of a fake, or while a graph is traced."""
+    return not (torch.compiler.is_compiling() or t.device.type == "meta" or is_fake(t))
+
+
 def check_values(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
     """Refuse codes outside 0..15 and scales or zero points that are not finite.
 
-    Reads the data, so it runs where tensors are made and not where they are used; on meta it
-    checks nothing.
+    Reads the data, so it runs where tensors are made and not where they are used.
     """
     if q.dtype != torch.uint8:
         raise PackingError("codes.dtype", q.dtype, "torch.uint8")
-    if q.device.type != "meta" and q.numel() and int(q.max()) > 15:
+    if has_values(q) and q.numel() and int(q.max()) > 15:
         raise PackingError("codes", f"up to {int(q.max())}", "0..15")
     for field, value in (("scale", scale), ("zero_point", zero_point)):
-        if value is None or value.device.type == "meta":
-            continue
-        if not bool(value.isfinite().all()):
+        if value is not None and has_values(value) and not bool(value.isfinite().all()):
             raise PackingError(field, "not finite somewhere", "finite everywhere")

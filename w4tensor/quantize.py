@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from w4tensor.errors import Unsupported
-from w4tensor.layout import SYMMETRIC_ZERO_POINT, check_group_size
+from w4tensor.layout import SYMMETRIC_ZERO_POINT, check_group_size, has_values
 
 __all__ = ["ALGORITHMS", "Algorithm", "quantize_weight"]
 
@@ -56,11 +56,12 @@ def quantize_weight(
     rows = weight.detach().reshape(-1, k)
     step = max(1, CHUNK_ELEMENTS // k)
     parts = [_quantize_rows(part, group_size, algorithm) for part in rows.split(step)]
-    q, scale, zero_point = (
-        None if column[0] is None else torch.cat(column).reshape(*weight.shape[:-1], -1)
-        for column in zip(*parts, strict=True)
-    )
-    if scale.device.type != "meta" and not bool(scale.isfinite().all()):
+    shape = (*weight.shape[:-1], -1)
+    q = torch.cat([part[0] for part in parts]).reshape(shape)
+    scale = torch.cat([part[1] for part in parts]).reshape(shape)
+    zeros = [part[2] for part in parts if part[2] is not None]
+    zero_point = torch.cat(zeros).reshape(shape) if zeros else None
+    if has_values(scale) and not bool(scale.isfinite().all()):
         raise Unsupported("the weight holds Inf or NaN; int4 codes cannot")
     return q, scale, zero_point
 
@@ -98,7 +99,7 @@ def _min_max_scale(w: Tensor) -> Tensor:
 def _hqq(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
 
-    if rows.device.type == "meta":
+    if not has_values(rows):
         # the optimiser reads its error to stop early
         groups = (rows.shape[0], rows.shape[1] // group_size)
         scale, zero = rows.new_empty(groups), rows.new_empty(groups, dtype=torch.float32)

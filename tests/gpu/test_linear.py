@@ -62,8 +62,11 @@ def check(m, n, k, group_size, zero, dtype, bias=False, seed=0):
     b = torch.randn(n, device="cuda", dtype=dtype) if bias else None
     y = F.linear(x, w, b)
     assert y.shape == (m, n) and y.dtype == dtype
-    error = rel_err(y, oracle(x, w, b))
-    assert error <= BUDGET[dtype], (m, n, k, group_size, zero, dtype, error)
+    ref = oracle(x, w, b)
+    # of a few outputs, rounding the answer itself may take more than the budget
+    budget = max(BUDGET[dtype], 2 * rel_err(ref.to(dtype), ref))
+    error = rel_err(y, ref)
+    assert error <= budget, (m, n, k, group_size, zero, dtype, error)
     assert torch.equal(y, F.linear(x, w, b)), "two runs differ"
 
 

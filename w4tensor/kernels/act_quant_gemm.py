@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K, cell_and_span, finish
 from w4tensor.kernels.ordered_sum import add_parts, arrive
+from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
 
@@ -67,6 +69,7 @@ def _gemm_kernel(
     TOKEN_TILES: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    X_TMA: tl.constexpr,
     KWIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -84,7 +87,8 @@ def _gemm_kernel(
     row = e * N + tl.minimum(n, N - 1)
     group_row = row * n_groups
     w_ptrs = w_ptr + row[:, None] * n_bytes
-    x_ptrs = x_ptr + (e * M + tl.minimum(m, M - 1))[:, None] * (n_bytes * 2)
+    if not X_TMA:
+        x_ptrs = x_ptr + (e * M + tl.minimum(m, M - 1))[:, None] * (n_bytes * 2)
     x_scale_ptr += e * n_act_groups * stride_x_scale
     if zero_ptr is not None:
         x_sum_ptr += e * n_groups * stride_x_scale
@@ -118,13 +122,18 @@ def _gemm_kernel(
         for cell in tl.static_range(BLOCK_K // CELL):
             low, high = unpack_bytes(_piece(w, cell, BLOCK_K // CELL), ASM)
             k = k0 + cell * CELL + tl.arange(0, CELL)[None, :]
-            if EVEN_K:
+            if X_TMA:
+                # rows past the end are those of the next e, or zeros; k past the end gives zeros
+                first_m = (e * M).to(tl.int32) + tile_m * BLOCK_M
+                x = x_ptr.load([first_m, k0 + cell * CELL])
+            elif EVEN_K:
                 x = tl.load(x_ptrs + k)
             else:
                 x = tl.load(x_ptrs + k, mask=k < n_bytes * 2, other=0)
             x = permute_codes(x, KWIDTH).T
             if CHAIN:
                 acc = tl.dot(join_halves(low, high, KWIDTH), x, acc, out_dtype=tl.int32)
+                acc = settle(acc, ASM)
             else:
                 if GROUP == 16:
                     # the two groups of a cell of 32 are its low and its high nibbles
@@ -294,8 +303,14 @@ def act_quant_gemm(
     if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
         counters = torch.zeros(e * tiles, device=x.device, dtype=torch.int32)
+    if chain:
+        cell = span = plan.block_k
+    x_arg = x
+    if plan.x_tma:
+        rows = e * m
+        x_arg = TensorDescriptor(x, (rows, k_padded), (k_padded, 1), [plan.block_m, cell])
     _gemm_kernel[(tiles, plan.split_k, e)](
-        x,
+        x_arg,
         x_scale,
         x_sum,
         qdata.view(torch.uint8),
@@ -313,8 +328,8 @@ def act_quant_gemm(
         x_scale.stride(-2),
         GROUP=group,
         ACT_GROUP=act_group,
-        CELL=plan.block_k if chain else cell,
-        SPAN=plan.block_k if chain else span,
+        CELL=cell,
+        SPAN=span,
         CHAIN=chain,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -323,6 +338,7 @@ def act_quant_gemm(
         TOKEN_TILES=TOKEN_TILES,
         SCALE_ROWS=max(1, 32 * plan.num_warps // plan.block_m),
         EVEN_K=k_padded % plan.block_k == 0,
+        X_TMA=plan.x_tma,
         KWIDTH=plan.kwidth,
         STAGES=plan.num_stages,
         ASM=use_asm(),

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K, cell_and_span
-from w4tensor.kernels.gate import activate, gated
-from w4tensor.kernels.grouped import BLOCK_K, beside, tile_rows
+from w4tensor.kernels.grouped import BLOCK_K, beside, lane_rows, store_tile, tile_rows
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
 
@@ -62,17 +61,19 @@ def _scale_columns(acc, values, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _grouped_kernel(
+def _tile(
     x_ptr,
     x_scale_ptr,
     x_sum_ptr,
     order_ptr,
-    tiles_ptr,
     w_ptr,
     scale_ptr,
     zero_ptr,
     bias_ptr,
     y_ptr,
+    expert,
+    first,
+    end,
     N,
     E,
     n_bytes,
@@ -98,7 +99,6 @@ def _grouped_kernel(
     KWIDTH: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
     TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
@@ -106,26 +106,15 @@ def _grouped_kernel(
     # groups of a block, on either side
     PARTS: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 and GROUP < BLOCK_K else 1
     ACT_PARTS: tl.constexpr = BLOCK_K // ACT_GROUP if ACT_GROUP > 0 else 1
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     pid_n = tl.program_id(0)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    expert = tl.load(tile_ptr).to(tl.int64)
-    first = tl.load(tile_ptr + 1)
-    end = tl.load(tile_ptr + 2)
-    # slots of the list that no expert needed
-    if first >= end:
-        return
     row = first + tl.arange(0, BLOCK_M)
     in_tile = row < end
-    x_row = row
-    if X_DIV > 0:
-        x_row = tl.load(order_ptr + row, mask=in_tile, other=0) // X_DIV
-
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # rows behind the last expert are zero
     if expert < E:
+        x_row = row
+        if X_DIV > 0:
+            x_row = tl.load(order_ptr + row, mask=in_tile, other=0) // X_DIV
         n_row = tile_rows(pid_n, tl.arange(0, BLOCK_N), N, BLOCK_N, GATE)
         w_ptrs = w_ptr + expert * stride_we + n_row.to(tl.int64)[:, None] * stride_wn
         w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
@@ -136,11 +125,7 @@ def _grouped_kernel(
         part = tl.arange(0, PARTS)[None, None, None, None, None, :]
 
         # [4 lanes with the same row, 8, WARPS, 2, TILES, PARTS]: the rows of the operand's lanes
-        s_row = tl.arange(0, 8)[None, :, None, None, None, None]
-        s_row += tl.arange(0, 2)[None, None, None, :, None, None] * 8
-        s_row += tl.arange(0, WARPS)[None, None, :, None, None, None] * 16
-        s_row += tl.arange(0, TILES)[None, None, None, None, :, None] * (16 * WARPS)
-        s_row += tl.zeros((4, 1, 1, 1, 1, 1), tl.int32)
+        s_row = lane_rows(WARPS, TILES)
         s_at = expert * stride_se + tile_rows(pid_n, s_row, N, BLOCK_N, GATE) * stride_sn
 
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if CHAIN else tl.float32)
@@ -224,22 +209,100 @@ def _grouped_kernel(
             y *= tl.load(x_scale_ptr + x_row, mask=in_tile, other=0.0)[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + expert * N + n_row).to(tl.float32)[:, None]
+    store_tile(y, y_ptr, order_ptr, pid_n, row, in_tile, N, SCATTER, GATE, ACT)
 
-    if GATE == "none":
-        OUT: tl.constexpr = BLOCK_N
-        y = activate(y, ACT)
-        n_out = N
-    else:
-        OUT: tl.constexpr = BLOCK_N // 2
-        gate, up = y.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
-        y = gated(gate, up, ACT).reshape(OUT, BLOCK_M)
-        n_out = N // 2
-    n = pid_n * OUT + tl.arange(0, OUT)
-    y_row = row
-    if SCATTER:
-        y_row = tl.load(order_ptr + row, mask=in_tile, other=0)
-    y_ptrs = y_ptr + y_row.to(tl.int64)[None, :] * n_out + n[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_tile[None, :] & (n < n_out)[:, None])
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr,
+    x_scale_ptr,
+    x_sum_ptr,
+    order_ptr,
+    tiles_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    E,
+    n_bytes,
+    n_groups,
+    n_act_groups,
+    stride_x_scale,
+    stride_we,
+    stride_wn,
+    stride_se,
+    stride_sn,
+    BLOCK_M: tl.constexpr,
+    NARROW_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    X_DIV: tl.constexpr,
+    SCATTER: tl.constexpr,
+    # 0 where a row of W is one group, and where a token is
+    GROUP: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
+    CELL: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHAIN: tl.constexpr,
+    GATE: tl.constexpr,
+    ACT: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile_ptr = tiles_ptr + tl.program_id(1) * 3
+    expert = tl.load(tile_ptr).to(tl.int64)
+    first = tl.load(tile_ptr + 1)
+    end = tl.load(tile_ptr + 2)
+    # slots of the list that no expert needed are empty; an expert's last tile may be short
+    narrow = end - first <= NARROW_M
+    for size in tl.static_range(2 if NARROW_M > 0 else 1):
+        if (first < end) & (narrow == (size == 1)):
+            _tile(
+                x_ptr,
+                x_scale_ptr,
+                x_sum_ptr,
+                order_ptr,
+                w_ptr,
+                scale_ptr,
+                zero_ptr,
+                bias_ptr,
+                y_ptr,
+                expert,
+                first,
+                end,
+                N,
+                E,
+                n_bytes,
+                n_groups,
+                n_act_groups,
+                stride_x_scale,
+                stride_we,
+                stride_wn,
+                stride_se,
+                stride_sn,
+                NARROW_M if size == 1 else BLOCK_M,
+                BLOCK_N,
+                X_DIV,
+                SCATTER,
+                GROUP,
+                ACT_GROUP,
+                CELL,
+                SPAN,
+                CHAIN,
+                GATE,
+                ACT,
+                KWIDTH,
+                WARPS,
+                STAGES,
+                ASM,
+            )
 
 
 def multiply_act_quant_grouped(
@@ -299,6 +362,7 @@ def multiply_act_quant_grouped(
         scale.stride(0),
         scale.stride(1),
         BLOCK_M=plan.block_m,
+        NARROW_M=plan.narrow_m,
         BLOCK_N=plan.block_n,
         X_DIV=x_div,
         SCATTER=scatter,

@@ -62,6 +62,16 @@ def tile_rows(pid_n, i, N, BLOCK_N: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
+def lane_rows(WARPS: tl.constexpr, TILES: tl.constexpr):
+    """Row of a tile for the lanes that hold it: [4 with the same row, 8, WARPS, 2, TILES, 1]."""
+    row = tl.arange(0, 8)[None, :, None, None, None, None]
+    row += tl.arange(0, 2)[None, None, None, :, None, None] * 8
+    row += tl.arange(0, WARPS)[None, None, :, None, None, None] * 16
+    row += tl.arange(0, TILES)[None, None, None, None, :, None] * (16 * WARPS)
+    return row + tl.zeros((4, 1, 1, 1, 1, 1), tl.int32)
+
+
+@triton.jit
 def _spread(values, KWIDTH: tl.constexpr):
     """[4 t, 8 lanes, WARPS, 2, TILES, PARTS], equal over t -> [BLOCK_N, BLOCK_K], k as in z."""
     WARPS: tl.constexpr = values.shape[2]
@@ -141,15 +151,50 @@ def _multiply(
 
 
 @triton.jit
-def _grouped_kernel(
+def store_tile(
+    acc,
+    y_ptr,
+    order_ptr,
+    pid_n,
+    row,
+    in_tile,
+    N,
+    SCATTER: tl.constexpr,
+    GATE: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """f(acc [BLOCK_N, BLOCK_M]) -> the rows of y."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    if GATE == "none":
+        OUT: tl.constexpr = BLOCK_N
+        y = activate(acc, ACT)
+        n_out = N
+    else:
+        OUT: tl.constexpr = BLOCK_N // 2
+        gate, up = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
+        y = gated(gate, up, ACT).reshape(OUT, BLOCK_M)
+        n_out = N // 2
+    n = pid_n * OUT + tl.arange(0, OUT)
+    y_row = row
+    if SCATTER:
+        y_row = tl.load(order_ptr + row, mask=in_tile, other=0)
+    y_ptrs = y_ptr + y_row.to(tl.int64)[None, :] * n_out + n[:, None]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_tile[None, :] & (n < n_out)[:, None])
+
+
+@triton.jit
+def _tile(
     x_ptr,
     order_ptr,
-    tiles_ptr,
     w_ptr,
     scale_ptr,
     zero_ptr,
     bias_ptr,
     y_ptr,
+    expert,
+    first,
+    end,
     N,
     K,
     E,
@@ -173,28 +218,13 @@ def _grouped_kernel(
     KWIDTH: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     TILES: tl.constexpr = BLOCK_N // (16 * WARPS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     pid_n = tl.program_id(0)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    expert = tl.load(tile_ptr).to(tl.int64)
-    first = tl.load(tile_ptr + 1)
-    end = tl.load(tile_ptr + 2)
-    # slots of the list that no expert needed
-    if first >= end:
-        return
     row = first + tl.arange(0, BLOCK_M)
     in_tile = row < end
-    x_row = row
-    if X_DIV > 0:
-        x_row = tl.load(order_ptr + row, mask=in_tile, other=0) // X_DIV
-
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # rows behind the last expert are zero
     if expert < E:
@@ -203,14 +233,13 @@ def _grouped_kernel(
         w_ptrs += tile_rows(pid_n, i, N, BLOCK_N, GATE).to(tl.int64)[:, None] * stride_wn
         w_ptrs += tl.arange(0, 16)[None, :]
         k = tl.arange(0, BLOCK_K)
+        x_row = row
+        if X_DIV > 0:
+            x_row = tl.load(order_ptr + row, mask=in_tile, other=0) // X_DIV
         x_ptrs = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
 
         # [4 lanes with the same row, 8, WARPS, 2, TILES, PARTS]: the rows of the operand's lanes
-        s_row = tl.arange(0, 8)[None, :, None, None, None, None]
-        s_row += tl.arange(0, 2)[None, None, None, :, None, None] * 8
-        s_row += tl.arange(0, WARPS)[None, None, :, None, None, None] * 16
-        s_row += tl.arange(0, TILES)[None, None, None, None, :, None] * (16 * WARPS)
-        s_row += tl.zeros((4, 1, 1, 1, 1, 1), tl.int32)
+        s_row = lane_rows(WARPS, TILES)
         s_at = expert * stride_se + tile_rows(pid_n, s_row, N, BLOCK_N, GATE) * stride_sn
         part = tl.arange(0, PARTS)[None, None, None, None, None, :]
 
@@ -236,22 +265,93 @@ def _grouped_kernel(
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert * N + tile_rows(pid_n, i, N, BLOCK_N, GATE))
             acc += bias.to(tl.float32)[:, None]
+    store_tile(acc, y_ptr, order_ptr, pid_n, row, in_tile, N, SCATTER, GATE, ACT)
 
-    if GATE == "none":
-        OUT: tl.constexpr = BLOCK_N
-        y = activate(acc, ACT)
-        n_out = N
-    else:
-        OUT: tl.constexpr = BLOCK_N // 2
-        gate, up = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).trans(0, 2, 3, 1).split()
-        y = gated(gate, up, ACT).reshape(OUT, BLOCK_M)
-        n_out = N // 2
-    n = pid_n * OUT + tl.arange(0, OUT)
-    y_row = row
-    if SCATTER:
-        y_row = tl.load(order_ptr + row, mask=in_tile, other=0)
-    y_ptrs = y_ptr + y_row.to(tl.int64)[None, :] * n_out + n[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_tile[None, :] & (n < n_out)[:, None])
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr,
+    order_ptr,
+    tiles_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    K,
+    E,
+    n_groups,
+    stride_x,
+    stride_we,
+    stride_wn,
+    stride_se,
+    stride_sn,
+    BLOCK_M: tl.constexpr,
+    NARROW_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    X_DIV: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCKS_A_GROUP: tl.constexpr,
+    ACT_QUANT: tl.constexpr,
+    GATE: tl.constexpr,
+    ACT: tl.constexpr,
+    AFTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile_ptr = tiles_ptr + tl.program_id(1) * 3
+    expert = tl.load(tile_ptr).to(tl.int64)
+    first = tl.load(tile_ptr + 1)
+    end = tl.load(tile_ptr + 2)
+    # slots of the list that no expert needed are empty; an expert's last tile may be short
+    narrow = end - first <= NARROW_M
+    for size in tl.static_range(2 if NARROW_M > 0 else 1):
+        if (first < end) & (narrow == (size == 1)):
+            _tile(
+                x_ptr,
+                order_ptr,
+                w_ptr,
+                scale_ptr,
+                zero_ptr,
+                bias_ptr,
+                y_ptr,
+                expert,
+                first,
+                end,
+                N,
+                K,
+                E,
+                n_groups,
+                stride_x,
+                stride_we,
+                stride_wn,
+                stride_se,
+                stride_sn,
+                NARROW_M if size == 1 else BLOCK_M,
+                BLOCK_N,
+                X_DIV,
+                SCATTER,
+                PARTS,
+                BLOCKS_A_GROUP,
+                ACT_QUANT,
+                GATE,
+                ACT,
+                AFTER,
+                EVEN_K,
+                KWIDTH,
+                WARPS,
+                STAGES,
+                ASM,
+            )
 
 
 def multiply_grouped(
@@ -306,6 +406,7 @@ def multiply_grouped(
         scale.stride(0),
         scale.stride(1),
         BLOCK_M=plan.block_m,
+        NARROW_M=plan.narrow_m,
         BLOCK_N=plan.block_n,
         X_DIV=x_div,
         SCATTER=scatter,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
@@ -81,8 +83,8 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
         self.transposed = transposed
 
     @classmethod
-    def _pack(cls, q, scale, zero_point, act_group_size: int = 32):
-        return super()._pack(q, scale, zero_point, act_group_size=act_group_size)
+    def _pack(cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, **fields: Any):
+        return super()._pack(q, scale, zero_point, **({"act_group_size": 32} | fields))
 
 
 views.register(Int4ActQuantTensor)

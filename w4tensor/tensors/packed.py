@@ -6,7 +6,7 @@ A class adds its fields and its packing; its operators come from views.py and pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,13 @@ class _ForeignField(MisdispatchError, AttributeError):
     """A native int4 route asked for a field of its own class. Also an AttributeError: hasattr works."""
 
 
-class PackedInt4:
+if TYPE_CHECKING:
+    from torchao.utils import TorchAOBaseTensor as _Base
+else:
+    _Base = object
+
+
+class PackedInt4(_Base):
     """Mixin over TorchAOBaseTensor; a class gives `packing` and the torchao field lists."""
 
     packing: ClassVar[Layout]
@@ -182,10 +188,10 @@ class PackedInt4:
         if func in handlers:
             return handlers[func](func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            made_there = args and isinstance(args[0], Tensor) and args[0].is_inference()
-            if torch.is_inference_mode_enabled() and not made_there:
+            if torch.is_inference_mode_enabled():
+                made_there = args and isinstance(args[0], Tensor) and args[0].is_inference()
                 # a wrapper made there cannot be a view of one made outside
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(bool(made_there)), torch.no_grad():
                     return func(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
@@ -256,6 +262,12 @@ class PackedInt4:
                 "tensors and their routes cannot read them; use F.linear, or dequantize() first"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(self, other)  # type: ignore[call-overload]
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(other, self)  # type: ignore[call-overload]
 
     def __repr__(self) -> str:
         fields = [f"shape={tuple(self.shape)}", f"dtype={self.dtype}", f"device='{self.device}'"]

@@ -19,22 +19,20 @@ from w4tensor.tensors.packed import PackedInt4
 __all__ = ["register"]
 
 aten = torch.ops.aten
-_aten_handlers: list[tuple[list[Any], Callable]] = []
-_function_handlers: list[tuple[list[Any], Callable]] = []
+_handlers: list[tuple[list[Any], list[Any], Callable]] = []
 
 
-def register(cls: type) -> None:
+def register(cls: Any) -> None:
     """Give `cls` the operators of this file, as torch functions and as the aten ops below them."""
-    for functions, handler in _function_handlers:
-        cls.implements_torch_function(functions)(handler)
-    for operators, handler in _aten_handlers:
+    for functions, operators, handler in _handlers:
+        # called by name, an aten op is a function too, and would decompose before it gets below
+        cls.implements_torch_function(functions + operators)(handler)
         cls.implements(operators)(handler)
 
 
 def _implements(functions: list[Any], operators: list[Any]):
     def keep(handler: Callable) -> Callable:
-        _function_handlers.append((functions, handler))
-        _aten_handlers.append((operators, handler))
+        _handlers.append((functions, operators, handler))
         return handler
 
     return keep
@@ -63,7 +61,7 @@ def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
     )
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Any, b: Any) -> Tensor:
     """torch.matmul with the weight on either side, plain or seen through transpose."""
     if isinstance(a, PackedInt4) and isinstance(b, PackedInt4):
         raise MisdispatchError("a product of two int4 weights; dequantize() one of them first")
@@ -123,6 +121,7 @@ def _f_linear(func, types, args, kwargs):
         torch.matmul,
         torch.Tensor.matmul,
         torch.Tensor.__matmul__,
+        torch.linalg.matmul,
         torch.mm,
         torch.Tensor.mm,
         torch.bmm,
@@ -154,6 +153,9 @@ def _f_addmm(func, types, args, kwargs):
         raise MisdispatchError("addmm onto an int4 weight; dequantize() it first")
     if a.ndim != 2 or b.ndim != 2:
         raise Unsupported(f"addmm takes 2-D operands, not {a.ndim}-D and {b.ndim}-D")
+    fused = isinstance(b, PackedInt4) and b.transposed and bias.shape == b.shape[-1:]
+    if fused and alpha == beta == 1:
+        return _linear(a, b, bias)
     y = _matmul(a, b)
     if alpha != 1:
         y = alpha * y

@@ -25,7 +25,7 @@ _handlers: list[tuple[list[Any], Callable]] = []
 _function_handlers: list[tuple[list[Any], Callable]] = []
 
 
-def register(cls: type) -> None:
+def register(cls: Any) -> None:
     """Give `cls` the operators of this file."""
     for ops, handler in _handlers:
         cls.implements(ops)(handler)
@@ -166,8 +166,8 @@ def _split(w, sizes: Sequence[int], dim: int) -> list[Tensor]:
 @_implements([aten.split.Tensor])
 def _split_tensor(func, types, args, kwargs):
     w, size, dim = fill_defaults(args, 3, [0])
-    whole, rest = divmod(w.shape[dim], size)
-    return _split(w, [size] * whole + [rest] * bool(rest), dim)
+    whole = w.shape[dim]
+    return _split(w, [min(size, whole - start) for start in range(0, whole, size)], dim)
 
 
 @_implements([aten.split_with_sizes.default])
@@ -269,6 +269,17 @@ def _unsqueeze(func, types, args, kwargs):
             "[1, N, K]; dequantize() it first"
         )
     return return_and_correct_aliasing(func, args, kwargs, w._map(lambda t: func(t, 0)))
+
+
+@_implements([aten.expand.default])
+def _expand(func, types, args, kwargs):
+    w, size = args[:2]
+    if tuple(w.shape[d] if new == -1 else new for d, new in enumerate(size)) != w.shape:
+        raise MisdispatchError(
+            f"expand of a {type(w).__name__} {tuple(w.shape)} to {tuple(size)}: only to its own "
+            "shape; dequantize() it first"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, w._map(aten.alias.default))
 
 
 @_implements([aten.squeeze.default, aten.squeeze.dim])
@@ -373,16 +384,17 @@ def _is_shared(func, types, args, kwargs):
     return args[0].qdata.is_shared()
 
 
-def _dlpack(func, types, args, kwargs):
+def _no_memory(func, types, args, kwargs):
     raise MisdispatchError(
-        f"a {type(args[0]).__name__} cannot be exported by dlpack; export its fields, or "
+        f"{func} wants memory with values in it, an int4 weight has codes; use its fields, or "
         "dequantize() it first"
     )
 
 
 _function_handlers += [
-    ([torch.Tensor.data.__set__], _set_data),
+    ([torch.Tensor.data.__set__], _set_data),  # type: ignore[attr-defined]
     ([torch.Tensor.share_memory_], _share_memory),
     ([torch.Tensor.is_shared], _is_shared),
-    ([torch.Tensor.__dlpack__], _dlpack),
+    ([torch.Tensor.__dlpack__, torch.Tensor.set_], _no_memory),
+    ([aten.set_.source_Tensor_storage_offset], _no_memory),
 ]

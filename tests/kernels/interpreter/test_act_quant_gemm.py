@@ -19,8 +19,8 @@ from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K
 from w4tensor.testing import Int4Codes, random_codes, rel_err
 
 
-def _plan(block_m=32, block_n=32, block_k=128, split_k=1, kwidth=4, num_warps=4):
-    return ActQuantGemmPlan(block_m, block_n, block_k, split_k, kwidth, num_warps, num_stages=2)
+def _plan(block_m=32, block_n=32, block_k=128, split_k=1, kwidth=4, x_tma=False):
+    return ActQuantGemmPlan(block_m, block_n, block_k, split_k, kwidth, 4, 2, x_tma)
 
 
 @pytest.mark.parametrize("zero_point", [False, True], ids=["symmetric", "fractional"])
@@ -79,6 +79,16 @@ def test_every_tile_is_computed_once_in_bands(monkeypatch):
 def test_exact_however_k_is_cut(group_size, act_group_size, split_k):
     x, codes = integral(1, 20, 24, 1280, group_size, True)
     y, want = run(act_quant_gemm, x, codes, act_group_size, _plan(split_k=split_k))
+    assert torch.equal(y.double(), want)
+
+
+@pytest.mark.parametrize("block_k", [128, 256])
+@pytest.mark.parametrize("act_group_size", [32, -1])
+@pytest.mark.parametrize(("e", "m", "k"), [(1, 40, 512), (3, 18, 384), (1, 101, 1280)])
+def test_exact_where_x_comes_by_tma(e, m, k, act_group_size, block_k):
+    x, codes = integral(e, m, 24, k, 128, True)
+    plan = _plan(block_k=block_k, x_tma=True)
+    y, want = run(act_quant_gemm, x, codes, act_group_size, plan)
     assert torch.equal(y.double(), want)
 
 

@@ -28,6 +28,7 @@ PLANS = {
     "grouped, scale before": ExpertsPlan(
         *[replace(GROUPED, scale_after=False, block_m=16, kwidth=2, num_warps=1)] * 2
     ),
+    "grouped, short tiles": ExpertsPlan(*[replace(GROUPED, block_m=16, narrow_m=8)] * 2),
     "grouped, then pairs": ExpertsPlan(GROUPED, replace(PAIRS, slots=2)),
 }
 
@@ -269,7 +270,7 @@ def test_int8_activations(group_size, act_group_size, zero):
     x, ids, _ = tokens_of(5, hidden, 3, 2, sentinels=True)
     bias = torch.randn(3, 48, generator=torch.manual_seed(1)).half()
     pairs = ids.flatten()
-    for plan in (INT8, replace(INT8, kwidth=4, block_n=16, num_warps=1)):
+    for plan in (INT8, replace(INT8, kwidth=4, block_n=16, num_warps=1, block_m=16, narrow_m=8)):
         rows = x.repeat_interleave(2, 0)
         y = moe.gathered_linear(rows, pairs, stack(codes, bias, act_group_size), plan)
         w = torch.cat([codes.dequantize(torch.float64), torch.zeros(1, 48, hidden)])

@@ -1,0 +1,121 @@
+"""dispatch.plan over every border, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w4tensor import dispatch, dispatch_act_quant
+from w4tensor.dispatch import (
+    Arch,
+    DecodePlan,
+    DequantPlan,
+    GemmPlan,
+    Problem,
+    ReferencePlan,
+    plan,
+)
+from w4tensor.dispatch_act_quant import ActQuantDecodePlan, ActQuantDp4aPlan, ActQuantPlan
+from w4tensor.errors import Unsupported
+from w4tensor.testing import DENSE_SHAPES
+
+H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+A100 = Arch(capability=(8, 0), num_sms=108, triton=(3, 6))
+T4 = Arch(capability=(7, 5), num_sms=40, triton=(3, 6))
+ARCHES = (H200, A100, Arch((9, 0), 132, (3, 9)), Arch((12, 0), 170, (3, 9)))
+
+
+@st.composite
+def problems(draw):
+    group_size = draw(st.sampled_from([16, 32, 64, 128, 256, None]))
+    if group_size is None:
+        k = group_size = draw(st.integers(1, 5000))
+    else:
+        k = group_size * draw(st.integers(1, 200))
+    act = draw(st.sampled_from(["bf16", "fp16", "int8"]))
+    return Problem(
+        m=draw(st.one_of(st.integers(1, 600), st.integers(1, 10**6))),
+        n=draw(st.one_of(st.integers(1, 300), st.integers(1, 300_000))),
+        k=k,
+        group_size=group_size,
+        act=act,
+        symmetric=draw(st.booleans()),
+        batch=draw(st.sampled_from([1, 1, 8, 256])),
+        act_group_size=draw(st.sampled_from([32, 64, 128, -1])) if act == "int8" else None,
+    )
+
+
+@given(problems(), st.sampled_from(ARCHES))
+def test_every_legal_problem_has_a_plan_that_its_kernel_can_take(problem, arch):
+    p = plan(problem, arch)
+    if problem.act == "int8":
+        assert isinstance(p, ActQuantPlan)
+        assert not isinstance(p, ActQuantDecodePlan) or problem.m <= p.block_m
+        assert not isinstance(p, ActQuantDp4aPlan) or problem.m <= p.tokens
+        return
+    assert isinstance(p, (DecodePlan, GemmPlan, DequantPlan))
+    if isinstance(p, DecodePlan):
+        assert problem.m <= p.block_m
+        # what kernels/decode.py asserts: groups do not straddle steps
+        step = p.num_warps * p.block_k
+        assert problem.k == problem.group_size or step % problem.group_size == 0
+        assert p.block_k % 128 == 0
+    elif isinstance(p, GemmPlan):
+        # a warp of the operand takes 16 rows
+        assert p.block_n % (16 * p.num_warps) == 0
+        assert p.split_k == 1 or problem.k >= 128 * p.split_k
+    else:
+        assert p.rows % 256 == 0 or p.rows == problem.n
+        assert problem.batch == 1
+
+
+@given(problems())
+def test_outside_the_domain_there_is_no_plan(problem):
+    for field in ("m", "n", "k", "batch", "group_size"):
+        values = {name: getattr(problem, name) for name in problem.__slots__} | {field: 0}
+        with pytest.raises(Unsupported, match="at least 1"):
+            plan(Problem(**values), H200)
+    values = {name: getattr(problem, name) for name in problem.__slots__}
+    values["k"] = problem.k * 16 + 1
+    values["group_size"] = 16
+    with pytest.raises(Unsupported, match="not a multiple of group_size=16"):
+        plan(Problem(**values), H200)
+
+
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=lambda s: s.name)
+def test_regimes_change_where_dispatch_says(shape):
+    def at(m: int, act: str = "bf16"):
+        group = 32 if act == "int8" else None
+        return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
+
+    border = dispatch.DECODE_MAX_M
+    assert isinstance(at(1), DecodePlan) and isinstance(at(border), DecodePlan)
+    assert isinstance(at(border + 1), GemmPlan)
+    kinds = [type(at(m)) for m in (1, 2, 3, 8, 9, 16, 17, 64, 65, 512, 1024, 4096, 8192)]
+    order = [DecodePlan, GemmPlan, DequantPlan]
+    assert [order.index(kind) for kind in kinds] == sorted(order.index(kind) for kind in kinds)
+    border = dispatch_act_quant.DECODE_MAX_M
+    assert isinstance(at(border, "int8"), ActQuantDecodePlan)
+    assert not isinstance(at(border + 1, "int8"), ActQuantDecodePlan)
+
+
+def test_the_operand_order_follows_the_triton_release():
+    problem = Problem(1, 4096, 4096, 128, "bf16")
+    assert plan(problem, H200).kwidth == 4
+    assert plan(problem, Arch((9, 0), 132, (3, 7))).kwidth == 4
+    assert plan(problem, Arch((9, 0), 132, (3, 8))).kwidth == 2
+    # wgmma wants its own order in every release
+    assert plan(Problem(64, 4096, 4096, 128, "bf16"), H200).kwidth == 2
+    assert plan(Problem(64, 4096, 4096, 128, "bf16"), A100).kwidth == 4
+
+
+def test_a_device_without_kernels_runs_the_reference():
+    assert plan(Problem(1, 4096, 4096, 128, "bf16"), T4) == ReferencePlan()
+
+
+def test_the_workspace_stays_within_its_bytes():
+    for shape in DENSE_SHAPES:
+        p = plan(Problem(8192, shape.n, shape.k, shape.group_size, "bf16"), H200)
+        if isinstance(p, DequantPlan) and p.rows > 256:
+            assert p.rows * shape.k * 2 <= dispatch.WORKSPACE_BYTES

@@ -1,0 +1,137 @@
+"""Who may import whom inside the package, read off the source: imports only go down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import w4tensor
+
+PACKAGE = Path(w4tensor.__file__).parent
+
+# each part of the package -> the parts it may import
+ALLOWED = {
+    "errors": set(),
+    "layout": {"errors"},
+    # dispatch.plan hands int8 problems on, inside the function
+    "dispatch": {"errors", "dispatch_act_quant"},
+    "dispatch_act_quant": {"dispatch", "errors"},
+    "dispatch_experts": {"dispatch", "errors"},
+    "tables": set(),
+    "quantize": {"layout", "errors"},
+    "convert": {"layout", "errors"},
+    "reference": {"layout"},
+    "arch": {"dispatch"},
+    "kernels": {"kernels", "layout"},
+    "launch": {
+        "kernels",
+        "dispatch",
+        "dispatch_act_quant",
+        "dispatch_experts",
+        "arch",
+        "reference",
+        "layout",
+    },
+    "moe": {"kernels", "dispatch", "dispatch_experts", "arch", "reference", "layout", "errors"},
+    "ops": {"launch", "moe", "reference", "layout", "errors"},
+    "tensors": {"tensors", "ops", "quantize", "convert", "reference", "layout", "errors"},
+    "config": {"tensors", "ops", "quantize", "layout", "errors"},
+    "summary": {"config", "tensors", "arch", "dispatch"},
+    "hf": {"config", "tensors", "summary", "errors"},
+    "testing": {"reference", "layout"},
+    "__init__": {"config", "errors", "summary", "tensors"},
+}
+# what a part may not import from outside
+BANNED = {
+    "dispatch": {"torch", "triton"},
+    "dispatch_act_quant": {"torch", "triton"},
+    "dispatch_experts": {"torch", "triton"},
+    "errors": {"torch", "triton"},
+    "layout": {"triton"},
+    "quantize": {"triton"},
+    "reference": {"triton"},
+    "ops": {"triton"},
+    "tensors": {"triton"},
+    "config": {"triton"},
+    "summary": {"triton"},
+}
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names that `source` imports anywhere but under TYPE_CHECKING."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            deeper = {f"{module}.{alias.name}" for alias in node.names}
+            found |= deeper if module == "w4tensor" else {module}
+    return found
+
+
+def violations(part: str, source: str) -> list[str]:
+    wrong = []
+    for name in imports(source):
+        root, _, rest = name.partition(".")
+        if root == "w4tensor" and rest.split(".")[0] not in ALLOWED[part]:
+            wrong.append(f"{part} imports {name}")
+        if root in BANNED.get(part, ()):
+            wrong.append(f"{part} imports {name}")
+    return wrong
+
+
+def files() -> list[tuple[str, Path]]:
+    return [
+        (path.relative_to(PACKAGE).with_suffix("").parts[0], path)
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
+
+
+@pytest.mark.parametrize("part,path", files(), ids=lambda v: getattr(v, "name", v))
+def test_imports_go_down(part, path):
+    assert part in ALLOWED, f"{path.name}: say in ALLOWED what it may import"
+    assert violations(part, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "part,source",
+    [
+        ("layout", "from w4tensor.tensors import CudaCoalescedInt4Tensor"),
+        ("kernels", "from w4tensor.config import W4CoalescedConfig"),
+        ("reference", "import w4tensor.kernels.gemm"),
+        ("dispatch", "def f():\n    import torch"),
+        ("config", "from w4tensor import launch"),
+    ],
+)
+def test_an_import_that_turns_around_is_caught(part, source):
+    assert violations(part, source) != []
+
+
+def test_no_drawer_for_things_without_a_home():
+    assert not {"utils", "common", "helpers"} & {path.stem for _, path in files()}
+
+
+def test_importing_the_package_needs_neither_triton_nor_a_device():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "def refuse(*a, **k): raise RuntimeError('asked a device')\n"
+        "torch.cuda._lazy_init = refuse\n"
+        "torch.cuda.get_device_properties = refuse\n"
+        "import w4tensor, torch.nn.functional as F\n"
+        "w = w4tensor.CudaCoalescedInt4Tensor.from_hp(torch.randn(8, 128))\n"
+        "print(tuple(F.linear(torch.randn(2, 128), w).shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 8)"
