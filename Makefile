@@ -35,7 +35,7 @@ bench-ceilings:  ## what the card reads and multiplies at most
 bench-linear:  ## F.linear over the shapes of real models, ours and the peers'
 	$(PYTHON) -m benchmarks.bench_linear --seconds 3600 --out $(OUT)/linear.csv
 	$(PYTHON) -m benchmarks.bench_linear --seconds 3600 --out $(OUT)/linear.csv \
-		--impl ours,humming --act int8g32,int8g128,int8token
+		--impl w4tensor,humming --act int8g32,int8g128,int8token
 
 bench-moe:  ## experts blocks
 	$(PYTHON) -m benchmarks.bench_moe --seconds 3600 --out $(OUT)/moe.csv \

@@ -109,7 +109,7 @@ def linear_bars(points: Iterable[Point]) -> list[Bar]:
     (large, small, flat, decode, mid_peer, mid, big_peer, big, every, memory, steps) = bars[:11]
     narrow, eager, asymmetric, group32 = bars[11:]
     for shape in DENSE_SHAPES:
-        ours = sweep.line("ours", "bf16", shape)
+        ours = sweep.line("w4tensor", "bf16", shape)
         peers = [sweep.line(peer, "bf16", shape) for peer in PEERS]
         counts = shape.n * shape.k >= LARGE_WEIGHTS
         for m, row in ours.items():
@@ -136,13 +136,13 @@ def linear_bars(points: Iterable[Point]) -> list[Bar]:
             memory.cases.append(Case(row.scratch_mb, where))
         steps.cases.extend(_steps(shape, ours))
         asymmetric.cases.extend(
-            _per_byte(shape, sweep.line("ours", "bf16", shape, zero="integer"), ours)
+            _per_byte(shape, sweep.line("w4tensor", "bf16", shape, zero="integer"), ours)
         )
         group32.cases.extend(
             _per_byte(
                 shape,
-                sweep.line("ours", "bf16", shape, group=32),
-                sweep.line("ours", "bf16", shape, group=128),
+                sweep.line("w4tensor", "bf16", shape, group=32),
+                sweep.line("w4tensor", "bf16", shape, group=128),
             )
         )
     return bars
@@ -164,8 +164,8 @@ def act_quant_bars(points: Iterable[Point], act: str) -> list[Bar]:
     ]
     large, bare, flat, decode, peer, mid, big, every = bars
     for shape in DENSE_SHAPES:
-        ours = sweep.line("ours", act, shape)
-        exact = sweep.line("ours", "bf16", shape)
+        ours = sweep.line("w4tensor", act, shape)
+        exact = sweep.line("w4tensor", "bf16", shape)
         humming = sweep.line("humming", "int8token", shape)
         for m, row in ours.items():
             where = f"{shape.name}, M={m}"
@@ -199,13 +199,13 @@ def moe_bars(points: Iterable[Point]) -> list[Bar]:
     int8 = Bar("int8 activations: time / our W4A16", 1.00, None)
     int8_many = Bar("int8 activations, >= 1600 tokens: W4A16 / time", 1.15, None, at_least=True)
     for shape in MOE_SHAPES:
-        ours = sweep.block("ours", "bf16", shape)
+        ours = sweep.block("w4tensor", "bf16", shape)
         for tokens, (must, aim) in MOE_BARS.get(shape.model, {}).items():
             bar = Bar(f"{shape.name}, {tokens} tokens, us", must, aim)
             if tokens in ours:
                 bar.cases.append(Case(ours[tokens].us, shape.model))
             bars.append(bar)
-        zipf = sweep.block("ours", "bf16", shape, "zipf1.2")
+        zipf = sweep.block("w4tensor", "bf16", shape, "zipf1.2")
         for tokens, row in ours.items():
             where = f"{shape.name}, {tokens} tokens"
             if row.bf16_us:
@@ -215,7 +215,7 @@ def moe_bars(points: Iterable[Point]) -> list[Bar]:
                 value = (skew.us / skew.read_us) / (row.us / row.read_us)
                 skewed.cases.append(Case(value, where))
             for act in ("int8g32", "int8g128", "int8token"):
-                other = sweep.block("ours", act, shape).get(tokens)
+                other = sweep.block("w4tensor", act, shape).get(tokens)
                 if other is not None:
                     int8.cases.append(Case(other.us / row.us, f"{where}, {act}"))
                     if tokens >= 1600:
@@ -228,7 +228,7 @@ def model_bars(figures: Iterable[Figure]) -> list[Bar]:
     newest = {(f.model, f.impl, f.figure): f for f in figures if f.batch in (0, 1)}
 
     def cases(model: str, figure: str) -> list[Case]:
-        found = (newest.get((model, impl, figure)) for impl in ("ours", "ours-int8"))
+        found = (newest.get((model, impl, figure)) for impl in ("w4tensor", "w4tensor-int8"))
         return [Case(f.value, f.impl) for f in found if f is not None]
 
     def against_bf16(model: str) -> list[Case]:

@@ -1,6 +1,6 @@
 """Times F.linear on int4 weights, ours and the peers', over the shapes of real models.
 
-    python -m benchmarks.bench_linear --shapes llama-3-8b --m 1,16,256 --impl ours,humming
+    python -m benchmarks.bench_linear --shapes llama-3-8b --m 1,16,256 --impl w4tensor,humming
 
 appends a row a point to benchmarks/results/linear.csv (rows.Point says what the columns mean).
 What fails or is refused gives a line on the screen and no row. Needs a CUDA device.
@@ -23,7 +23,7 @@ from w4tensor import arch, dispatch
 from w4tensor.testing import DENSE_SHAPES, TOKENS, Int4Codes, Shape, random_codes, rel_err
 
 LINEARS: dict[str, type[peers.Linear]] = {
-    "ours": peers.Ours,
+    "w4tensor": peers.Ours,
     "bf16": peers.Dense,
     "tinygemm": peers.Tinygemm,
     "gemlite": peers.Gemlite,
@@ -115,17 +115,17 @@ def measure(problem: Problem, impl: str, zero: str, tokens: list[int]) -> Iterat
                 us=point.us,
                 spread=point.spread,
                 bf16_us=problem.dense[m].us,
-                quant_us=_quant_us(x, act) if impl == "ours" else 0.0,
+                quant_us=_quant_us(x, act) if impl == "w4tensor" else 0.0,
                 cpu_us=timing.eager_us(lambda x=x: linear(x)) if m <= CPU_TIME_UP_TO else 0.0,
                 scratch_mb=timing.scratch_bytes(lambda x=x: linear(x)) / 2**20,
                 rel_err=error,
-                plan=_plan(problem, m) if impl == "ours" else "",
+                plan=_plan(problem, m) if impl == "w4tensor" else "",
             )
         except Exception as error:
             say(shape, impl, act.name, f"M={m}: {peers.reason(error)}")
             continue
         hopeless = hopeless + 1 if point.us > HOPELESS * problem.dense[m].us else 0
-        if hopeless == 2 and impl != "ours":
+        if hopeless == 2 and impl != "w4tensor":
             say(shape, impl, act.name, f"stops at M={m}: {HOPELESS:.0f} times slower than bf16")
             return
 
@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--m", default=",".join(map(str, TOKENS)), help="numbers of tokens")
     parser.add_argument("--peer-m", default="", help="other numbers of tokens for the peers")
     parser.add_argument(
-        "--impl", default="ours,bf16,tinygemm,gemlite,humming", help=", ".join(LINEARS)
+        "--impl", default="w4tensor,bf16,tinygemm,gemlite,humming", help=", ".join(LINEARS)
     )
     parser.add_argument("--act", default="bf16", help=", ".join(peers.ACTS))
     parser.add_argument("--group", type=int, help="instead of each shape's own group size")
@@ -237,7 +237,7 @@ def main() -> None:
                 say(shape, "-", act, peers.reason(error))
                 continue
             for impl in options.impl.split(","):
-                ms = tokens if impl in ("ours", "bf16") else peer_tokens
+                ms = tokens if impl in ("w4tensor", "bf16") else peer_tokens
                 try:
                     for point in measure(problem, impl, options.zero, ms):
                         rows.append(options.out, point)

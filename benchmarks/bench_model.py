@@ -7,7 +7,7 @@ to benchmarks/results/model.csv as soon as a figure is known, so that a run that
 still counts. generate(cache_implementation="static") with its default compile, as users call it.
 Models are built layer by layer: a layer's bf16 weights are gone before the next one's exist.
 
-    python -m benchmarks.bench_model --model llama-3-8b --impl ours --profile
+    python -m benchmarks.bench_model --model llama-3-8b --impl w4tensor --profile
 
 also writes the kernels of one decode step, with their times, beside the rows. --smoke runs a
 tiny model of each kind on the CPU, to try the script.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 
 MODELS = ("llama-3-8b", "qwen3-30b-a3b")
-IMPLS = ("bf16", "tinygemm", "ours", "ours-int8")
+IMPLS = ("bf16", "tinygemm", "w4tensor", "w4tensor-int8")
 GROUP_SIZE = 128
 DECODE_PROMPT = 32
 PREFILL_PROMPT = 2048
@@ -130,7 +130,7 @@ def quantizer(impl: str) -> Callable[[nn.Module], None]:
         return lambda module: quantize_(module, stock)
     from w4tensor import W4ActQuantConfig, W4CoalescedConfig
 
-    config = (W4CoalescedConfig if impl == "ours" else W4ActQuantConfig)(group_size=GROUP_SIZE)
+    config = (W4CoalescedConfig if impl == "w4tensor" else W4ActQuantConfig)(group_size=GROUP_SIZE)
     return lambda module: _quantize_with_experts(module, config)
 
 

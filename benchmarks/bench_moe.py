@@ -1,6 +1,6 @@
 """Times whole experts blocks, after the router, over the MoE layers of real models.
 
-    python -m benchmarks.bench_moe --shapes qwen3.5-35b-a3b --impl ours,bf16,humming
+    python -m benchmarks.bench_moe --shapes qwen3.5-35b-a3b --impl w4tensor,bf16,humming
 
 appends a row a point to benchmarks/results/moe.csv (rows.Point says what the columns mean). Each
 call of a graph has a routing of its own and the next of several copies of the layer, so that
@@ -104,7 +104,7 @@ def measure(
                 bf16_us=dense[tokens],
                 scratch_mb=timing.scratch_bytes(lambda b=block, x=load.x: b(x)) / 2**20,
                 rel_err=error,
-                plan=_plan(shape, tokens) if impl == "ours" else "",
+                plan=_plan(shape, tokens) if impl == "w4tensor" else "",
             )
         except Exception as error:
             say(shape, impl, act.name, f"{tokens} tokens: {peers.reason(error)}")

@@ -129,9 +129,9 @@ def ours(block: Callable[..., Tensor], gate_up: Int4Codes, down: Int4Codes, act:
 
 
 EXPERTS: dict[str, Callable[[Int4Codes, Int4Codes, Act], Stacked | HummingExperts]] = {
-    "ours": functools.partial(ours, fused_block),
-    "ours-grouped": functools.partial(ours, grouped_block),
-    "ours-batched": functools.partial(ours, batched_block),
+    "w4tensor": functools.partial(ours, fused_block),
+    "w4tensor-grouped": functools.partial(ours, grouped_block),
+    "w4tensor-batched": functools.partial(ours, batched_block),
     "bf16": functools.partial(dense, grouped_block),
     "bf16-batched": functools.partial(dense, batched_block),
     "humming": HummingExperts,

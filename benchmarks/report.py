@@ -18,11 +18,11 @@ from w4tensor.testing import DENSE_SHAPES, MOE_SHAPES
 
 # implementation, activations: label, colour, dashes, width
 LINES = {
-    ("ours", "bf16"): ("w4tensor W4A16", "#d1495b", "-", 2.4),
-    ("ours", "int8g32"): ("w4tensor W4A8, groups of 32", "#edae49", "-", 1.8),
-    ("ours", "int8g128"): ("w4tensor W4A8, groups of 128", "#edae49", "--", 1.4),
-    ("ours", "int8token"): ("w4tensor W4A8, per token", "#edae49", ":", 1.8),
-    ("ours-grouped", "bf16"): ("w4tensor by torch._grouped_mm", "#d1495b", ":", 1.4),
+    ("w4tensor", "bf16"): ("w4tensor W4A16", "#d1495b", "-", 2.4),
+    ("w4tensor", "int8g32"): ("w4tensor W4A8, groups of 32", "#edae49", "-", 1.8),
+    ("w4tensor", "int8g128"): ("w4tensor W4A8, groups of 128", "#edae49", "--", 1.4),
+    ("w4tensor", "int8token"): ("w4tensor W4A8, per token", "#edae49", ":", 1.8),
+    ("w4tensor-grouped", "bf16"): ("w4tensor by torch._grouped_mm", "#d1495b", ":", 1.4),
     ("bf16", "bf16"): ("bf16", "#222222", "-", 1.4),
     ("tinygemm", "bf16"): ("torchao tinygemm", "#00798c", "-", 1.2),
     ("gemlite", "bf16"): ("gemlite", "#7b9e4b", "-", 1.2),

@@ -33,6 +33,7 @@ from benchmarks import ceilings, timing
 from w4tensor import arch, launch
 from w4tensor.dispatch import KWIDTH_2_EVERYWHERE, Arch, DecodePlan, DequantPlan, GemmPlan
 from w4tensor.kernels.decode import decode
+from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.layout import COALESCED
 from w4tensor.testing import REL_ERR_BUDGET, random_codes, rel_err
@@ -82,12 +83,17 @@ def _decode_plans(p: Point, target: Arch) -> list[DecodePlan]:
     block_m = 8 if p.m <= 8 else 16
     blocks = math.ceil(p.k / 128)
     plans = []
-    for block_n, block_k, warps, split in itertools.product(
-        (16, 32, 64, 128), (128, 256, 512), (1, 2, 4, 8, 16), (1, 2, 4, 8)
+    for block_n, block_k, warps, split, stages in itertools.product(
+        (8, 16, 32, 64, 128), (128, 256, 512), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 3)
     ):
+        shared = stages > 1
+        if (shared and p.m < 3) or (not shared and p.m > 8):
+            continue
         # registers of a step's words, and of the sums
         words, sums = block_n * block_k // 256, block_n * block_m // 32
-        if 2 * words + sums + block_m * block_k // 64 > 200:
+        tokens = 0 if shared else block_m * block_k // 32
+        buffers = (stages - 1) * warps * block_m * block_k * 2
+        if 2 * words + sums + tokens > 200 or buffers > 100_000:
             continue
         if p.group_size != p.k and warps * block_k % p.group_size:
             continue
@@ -98,7 +104,20 @@ def _decode_plans(p: Point, target: Arch) -> list[DecodePlan]:
         # fewer than two warps a multiprocessor, where more could be had
         if programs * warps < 2 * target.num_sms and steps > 1:
             continue
-        plans.append(DecodePlan(block_m, block_n, block_k, warps, split, kwidth))
+        plans.append(
+            DecodePlan(
+                block_m,
+                block_n,
+                block_k,
+                warps,
+                split,
+                kwidth,
+                x_shared=shared,
+                num_stages=stages,
+                x_ahead=not shared,
+                evict="evict_first",
+            )
+        )
     return plans
 
 
@@ -148,8 +167,9 @@ def variants(plan) -> list:
             for ahead, evict, pdl in itertools.product(
                 (False, True), ("", "evict_first"), (False, True)
             )
-            if (ahead, evict, pdl) != (False, "", False)
-        ]
+            if (ahead, evict, pdl) != (plan.x_ahead, plan.evict, plan.pdl)
+            and not (ahead and plan.x_shared)
+        ] + [dataclasses.replace(plan, num_stages=stages) for stages in (2, 4) if plan.x_shared]
     if isinstance(plan, GemmPlan):
         splits = (plan.split_k - 1, plan.split_k + 1) if plan.split_k > 1 else ()
         return [dataclasses.replace(plan, split_k=split) for split in splits if split > 1] + [
@@ -165,7 +185,8 @@ def run(plan, x: Tensor, codes: tuple, y: Tensor, group_size: int) -> None:
     """y [1, M, N] by `plan`; codes are qdata, scale, zero_point [1, N, ..]."""
     if isinstance(plan, DequantPlan):
         qdata, scale, zero = (None if t is None else t[0] for t in codes)
-        launch._by_blocks(x[0], qdata, scale, zero, None, y[0], group_size, plan.rows)
+        weight = (qdata, scale, zero, group_size)
+        launch._by_blocks(dequantize, x[0], *weight, None, y[0], plan.rows)
     else:
         product = decode if isinstance(plan, DecodePlan) else gemm
         product(x, *codes, None, y, group_size, plan)

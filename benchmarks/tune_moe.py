@@ -59,11 +59,12 @@ Job = tuple[str, str, Plan | ExpertsPlan]
 # (microseconds, plan) of the first and of the second product, fastest first
 Ranking = tuple[list[tuple[float, Plan]], list[tuple[float, Plan]]]
 
+DEVICE, DTYPE = "cuda", torch.bfloat16
 PRODUCTS = ("first", "second")
 # pairs above which weights would be read too often for the pairs path to be worth a try
 TRY_PAIRS_UP_TO = 256
-# pairs up to which sorting them cannot pay
-TRY_GROUPED_FROM = 16
+# pairs of an expert up to which sorting them cannot pay
+TRY_GROUPED_FROM = 1.05
 TILES_OF_TOKENS = (8, 16, 32, 64, 128)
 SHARED_BYTES = 227 << 10
 SHOWN = 3
@@ -135,7 +136,7 @@ def candidates(problem: ExpertsProblem, kwidth: int) -> tuple[list[Plan], list[P
     if problem.pairs <= TRY_PAIRS_UP_TO:
         first += pairs_candidates(1, problem.hidden, kwidth)
         second += pairs_candidates(problem.top_k, problem.inter, kwidth)
-    if problem.pairs >= TRY_GROUPED_FROM:
+    if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert
         mean = problem.rows_an_expert
         last = len(TILES_OF_TOKENS) - 1
@@ -173,7 +174,7 @@ class Layer:
     def __init__(self, shape: MoeShape, act_group_size: int | None, copies: int | None = None):
         self.shape = shape
         self.act_group_size = act_group_size
-        options = dict(group_size=shape.group_size, dtype=torch.bfloat16, device="cuda")
+        options = dict(group_size=shape.group_size, dtype=DTYPE, device=DEVICE)
         self.codes = (
             random_codes(shape.experts, 2 * shape.inter, shape.hidden, **options),
             random_codes(shape.experts, shape.hidden, shape.inter, seed=1, **options),
@@ -202,13 +203,13 @@ class Load:
         if routings is None:
             hit = pairs / self.problem.rows_an_expert
             routings = timing.n_copies(int(layer.nbytes * hit / shape.experts))
-        options = dict(device="cuda", dtype=torch.bfloat16)
+        options = dict(device=DEVICE, dtype=DTYPE)
         self.x = torch.randn(tokens, shape.hidden, **options)
         self.h = torch.randn(pairs, shape.inter, **options)
         layers = itertools.cycle(layer.stacks)
         # (ids, weight, gate_up, down) of every call of a graph
         self.turns = [
-            (*random_routing(tokens, shape.experts, shape.top_k, device="cuda", seed=i), *stacks)
+            (*random_routing(tokens, shape.experts, shape.top_k, device=DEVICE, seed=i), *stacks)
             for i, stacks in zip(range(routings), layers, strict=False)
         ]
 
@@ -235,7 +236,7 @@ class Load:
     def expected(self) -> Tensor:
         """The definition in fp32, expert by expert, for the first turn."""
         ids, weight = self.turns[0][:2]
-        y = torch.zeros(self.x.shape, dtype=torch.float32, device="cuda")
+        y = torch.zeros(self.x.shape, dtype=torch.float32, device=DEVICE)
         for e in ids.unique().tolist():
             token, slot = (ids == e).nonzero(as_tuple=True)
             w1, w2 = (Int4Codes(c.q[e], c.scale[e], None).dequantize() for c in self.layer.codes)

@@ -1,4 +1,4 @@
-"""The bytes: against the bit diagrams of layout.py read anew in numpy, and laws of pack and unpack."""
+"""The bytes, against the bit diagrams of layout.py read anew in numpy, and the laws of packing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.weights import cases
 
+from tests.weights import cases
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import (
     ACT_QUANT,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tests.weights import CLASSES, DTYPES, Case, assert_close, both_classes, cases, exact_x
 
+from tests.weights import CLASSES, DTYPES, Case, assert_close, both_classes, cases, exact_x
 from w4tensor import Int4ActQuantTensor, reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION

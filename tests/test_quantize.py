@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.weights import DTYPES, all_dtypes
 
+from tests.weights import DTYPES, all_dtypes
 from w4tensor import quantize
 from w4tensor.errors import Unsupported
 from w4tensor.quantize import ALGORITHMS, quantize_weight
@@ -42,7 +42,8 @@ def test_no_weight_is_off_by_more_than_its_step(algorithm, dtype, group, n, e, s
     w = ((gaussian(*[e] * (e > 0), n, k, seed=n) + shift) * size).to(dtype)
     q, scale, zero_point = quantize_weight(w, group, algorithm)
     assert q.dtype == torch.uint8 and q.shape == w.shape and int(q.max()) <= 15
-    assert scale.dtype == dtype and scale.shape == (*w.shape[:-1], k // (k if group == -1 else group))
+    groups = 1 if group == -1 else k // group
+    assert scale.dtype == dtype and scale.shape == (*w.shape[:-1], groups)
     off, q = steps_off(w, q, scale, zero_point)
     # half a step where the code is inside the range; at its ends the stored scale may fall short:
     # symmetric codes stop at +7, and a scale rounded to bf16 moves the ends by 15 / 512 of a step

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.weights import DTYPES, assert_close, cases, exact_x
 
+from tests.weights import DTYPES, assert_close, cases, exact_x
 from w4tensor import reference
 from w4tensor.testing import ACT_QUANT_SQNR_DB, sqnr_db
 

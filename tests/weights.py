@@ -44,7 +44,7 @@ class Case:
         return self.k if self.group_size == -1 else self.group_size
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q, scale, zero_point. Powers of two as scales, sixteenths as zero points: sums are exact."""
+        """q, scale, zero_point. Scales are powers of two, zero points sixteenths: exact sums."""
         rng = torch.Generator().manual_seed(self.seed)
         q = torch.randint(0, 16, (*self.stack, self.n, self.k), generator=rng, dtype=torch.uint8)
         groups = (*self.stack, self.n, self.k // self.g)

@@ -13,7 +13,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 from w4tensor.errors import Unsupported
-from w4tensor.layout import check_group_size
+from w4tensor.layout import SCALE_DTYPES, check_group_size
 from w4tensor.ops import check_act_group_size
 from w4tensor.quantize import ALGORITHMS, Algorithm
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
@@ -99,6 +99,8 @@ def _quantize_parameter(
         return module
     quantised = config._quantize(getattr(module, parameter_name))
     module._parameters[parameter_name] = nn.Parameter(quantised, requires_grad=False)
+    # an earlier config may have left it alone
+    module.__dict__.get(REASONS_ATTRIBUTE, {}).pop(parameter_name, None)
     return module
 
 
@@ -108,6 +110,8 @@ def _why_not(module: nn.Module, name: str, config: W4CoalescedConfig) -> str | N
         return f"already quantised ({type(weight).__name__})"
     if weight.ndim not in (2, 3) or (weight.ndim == 2 and not isinstance(module, nn.Linear)):
         return f"a {weight.ndim}-D {type(module).__name__} parameter is not a Linear or an expert"
+    if weight.dtype not in SCALE_DTYPES:
+        return f"{weight.dtype} is not a float of 2 or 4 bytes"
     if "router" in type(module).__name__.lower():
         return "a router: its choices are worth more than its bytes"
     n, k = weight.shape[-2:]
@@ -133,7 +137,7 @@ def _owners(module: nn.Module, name: str) -> int:
         return 1
     weight = module._parameters[name]
     return sum(
-        any(value is weight for value in owner._parameters.values())
+        any(value is weight for value in owner.__dict__.get("_parameters", {}).values())
         for owner in gc.get_objects()
         # isinstance would ask objects of other packages for their __class__
         if issubclass(type(owner), nn.Module)

@@ -51,6 +51,9 @@ def _of_int4(weight) -> tuple[Tensor, Tensor, Tensor, int]:
         )
     group_size = _group_size(weight.block_size, weight.shape[-1])
     n, k = weight.shape[-2:]
+    expected = (*weight.shape[:-1], k // 2)
+    if tuple(weight.qdata.shape) != expected:
+        raise PackingError("qdata.shape", tuple(weight.qdata.shape), f"{expected}")
     expected = (*weight.shape[:-2], k // group_size, n)
     for field in ("scale", "zero_point"):
         if tuple(getattr(weight, field).shape) != expected:

@@ -29,8 +29,9 @@ __all__ = [
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
 # x (28672 x 4096: 20.1 and 22.2 us for 1 and 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
-# rows up to which a decode program takes 8 of them instead of 16
+# rows, and their length, up to which a decode program takes 8 of them instead of 16
 DECODE_NARROW_N = 4096
+DECODE_NARROW_K = 8192
 WARPS_PER_SM = 12
 # half of a Hopper's L2
 WORKSPACE_BYTES = 32 << 20
@@ -98,7 +99,9 @@ class DecodePlan:
         block_m, block_n: tokens (8 or 16) and rows of a program.
         block_k: the step of one warp; a program's is num_warps times that, and holds whole groups.
         split_k: programs along K. kwidth: order of k in the operand (kernels/unpack.py).
-        x_ahead: x is loaded a step ahead, as weights are. evict: eviction policy of the weights.
+        x_shared: x goes through shared memory, num_stages - 1 steps ahead: fewer accesses for
+            several tokens. x_ahead: else, x is loaded one step ahead, as weights are.
+        evict: eviction policy of the weights.
         pdl: start under programmatic dependent launch, before the kernel ahead is done.
     """
 
@@ -108,6 +111,8 @@ class DecodePlan:
     num_warps: int
     split_k: int
     kwidth: int
+    x_shared: bool = False
+    num_stages: int = 1
     x_ahead: bool = False
     evict: Literal["", "evict_first"] = ""
     pdl: bool = False
@@ -193,7 +198,8 @@ def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
 
 def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
     """About WARPS_PER_SM warps a multiprocessor, with 512 codes of K a step where they fit."""
-    block_n = 8 if p.n * p.batch <= DECODE_NARROW_N else 16
+    narrow = p.n * p.batch <= DECODE_NARROW_N and p.k <= DECODE_NARROW_K
+    block_n = 8 if narrow else 16
     tiles = -(-p.n // block_n) * p.batch
     steps = -(-p.k // 128)
     num_warps = 1

@@ -173,9 +173,10 @@ def _decode_plan(p: Problem, arch: Arch) -> ActQuantDecodePlan:
 
 def _gemm_plan(p: Problem, arch: Arch) -> ActQuantGemmPlan:
     hopper = arch.capability[0] == HOPPER
-    most = FINE_BLOCK_M if _is_fine(p) or not hopper else 128
-    block_m = next((b for b in (32, 64) if p.m <= b), most)
-    block_n = 128 if hopper else 64
+    fine = _is_fine(p)
+    block_m = next((b for b in (32, 64) if p.m <= b), FINE_BLOCK_M if fine or not hopper else 128)
+    # so that two programs of four warps share a multiprocessor, where sums leave them registers
+    block_n = 128 if hopper and block_m < 128 else 64
     tiles = -(-p.n // block_n) * -(-p.m // block_m) * p.batch
     steps = -(-p.k // 128)
     split_k = 1
@@ -187,9 +188,10 @@ def _gemm_plan(p: Problem, arch: Arch) -> ActQuantGemmPlan:
         block_k=128,
         split_k=split_k,
         kwidth=4 if hopper or arch.triton >= KWIDTH_2_EVERYWHERE else 8,
-        num_warps=8 if block_m >= 64 and hopper else 4,
-        num_stages=3 if block_m >= 128 else 4,
-        x_tma=hopper and block_m >= 64,
+        num_warps=8 if hopper and fine and block_m == 64 else 4,
+        num_stages=4,
+        # one load a cell: many small ones where cells are fine
+        x_tma=hopper and block_m >= 64 and not fine,
     )
 
 

@@ -63,7 +63,9 @@ class ExpertsProblem:
 
     @property
     def rows_an_expert(self) -> float:
-        return _rows_an_expert(self.pairs, self.experts)
+        """Mean pairs of an expert that is hit, if tokens choose uniformly, no expert twice."""
+        hit = self.experts * (1 - max(0.0, 1 - self.top_k / self.experts) ** self.tokens)
+        return self.pairs / hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +164,26 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
             first=plan_pairs(1, p.hidden, arch),
             second=plan_pairs(p.top_k, p.inter, arch),
         )
-    tile = plan_grouped(p.pairs, p.experts, p.group_size, arch, p.act_group_size)
+    tile = _plan_grouped(p.rows_an_expert, p.group_size, arch, p.act_group_size)
     return ExpertsPlan(first=tile, second=tile)
 
 
 def plan_pairs(top_k: int, k: int, arch: Arch) -> PairsPlan:
-    """A pairs product that sums `top_k` slots, each over `k`: all of K in one step where it can."""
+    """A pairs product that sums `top_k` slots, each over `k`.
+
+    Slots side by side that leave the fewest idle, where a round counts as one slot; of four to
+    eight warps, those that read the fewest blocks of K, where a step counts as one block.
+    """
     blocks_of_k = -(-k // BLOCK_K)
-    slots = min(PAIRS_WARPS, _power_of_two_up_to(top_k))
-    slices = min(PAIRS_WARPS // slots, _power_of_two_up_to(blocks_of_k))
-    blocks = min(4, _power_of_two_up_to(-(-blocks_of_k // slices)))
+    slots = min((s for s in (8, 4, 2, 1) if s <= top_k), key=lambda s: -(-top_k // s) * (s + 1))
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        slices, blocks = tile
+        steps = -(-blocks_of_k // (slices * blocks))
+        return steps * (slices * blocks + 1), slices
+
+    warps = [s for s in (1, 2, 4, 8) if PAIRS_WARPS // 2 <= slots * s <= PAIRS_WARPS]
+    slices, blocks = min(((s, b) for s in warps for b in (4, 2, 1)), key=cost)
     return PairsPlan(
         slots=slots,
         slices=slices,
@@ -186,9 +198,15 @@ def plan_grouped(
     rows: int, experts: int, group_size: int, arch: Arch, act_group_size: int | None = None
 ) -> GroupedPlan | ActQuantGroupedPlan:
     """Tiles for `rows` rows that are spread over `experts`."""
-    mean = _rows_an_expert(rows, experts)
+    hit = experts * (1 - (1 - 1 / experts) ** rows)
+    return _plan_grouped(rows / max(hit, 1.0), group_size, arch, act_group_size)
+
+
+def _plan_grouped(
+    mean_rows: float, group_size: int, arch: Arch, act_group_size: int | None
+) -> GroupedPlan | ActQuantGroupedPlan:
     hopper = arch.capability[0] == HOPPER
-    block_m = next((m for most, m in ROWS_OF_TILE if mean <= most), 128 if hopper else 64)
+    block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)
     # wgmma, and every mma from some release on, takes k in its own order
     natural = (hopper and block_m >= 16) or arch.triton >= KWIDTH_2_EVERYWHERE
     if act_group_size is not None and (block_m >= INT8_ROWS or natural):
@@ -215,13 +233,3 @@ def plan_grouped(
 
 def _narrow(block_m: int) -> int:
     return block_m // 4 if block_m >= 64 else 0
-
-
-def _rows_an_expert(rows: int, experts: int) -> float:
-    """Mean rows of the experts that `rows` uniformly routed rows hit."""
-    hit = experts * (1 - (1 - 1 / experts) ** rows)
-    return rows / hit if hit else 0.0
-
-
-def _power_of_two_up_to(n: int) -> int:
-    return 1 << (n.bit_length() - 1)

@@ -51,7 +51,7 @@ _library.define("quantize_activation(Tensor x, int act_group_size) -> (Tensor, T
 
 def check_act_group_size(act_group_size: int) -> int:
     """`act_group_size` itself. Raises Unsupported unless it is one of ACT_GROUP_SIZES."""
-    if act_group_size not in ACT_GROUP_SIZES:
+    if not isinstance(act_group_size, int) or act_group_size not in ACT_GROUP_SIZES:
         raise Unsupported(
             f"act_group_size={act_group_size} is not one of {ACT_GROUP_SIZES} (-1: per token)"
         )
@@ -101,7 +101,7 @@ def _check_linear(x: Tensor, qdata: Tensor, bias: Tensor | None) -> None:
 def _check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
     if qdata.ndim != 3 or x.ndim != 2:
         raise Unsupported(
-            f"a grouped product takes x [T, K] and stacked weights, not {x.ndim}-D and {qdata.ndim}-D"
+            f"a grouped product takes x [T, K] and W [E, N, K], not {x.ndim}-D and {qdata.ndim}-D"
         )
     if offs.dtype != torch.int32 or offs.shape != qdata.shape[:1]:
         raise Unsupported(

@@ -73,7 +73,7 @@ def summary(model: nn.Module, device: torch.device | str | int | None = None) ->
 
     Args:
         model: any module, quantised or not.
-        device: whose kernels to name; by default the current CUDA device, or none.
+        device: whose kernels to name; by default the current CUDA device, or none. "cpu": none.
 
     >>> from torchao.quantization import quantize_
     >>> from w4tensor import W4CoalescedConfig
@@ -82,8 +82,8 @@ def summary(model: nn.Module, device: torch.device | str | int | None = None) ->
     >>> [row.note for row in summary(model).rows]
     ['', 'N=8 is below 64: a gate or router, nothing to gain']
     """
-    index = torch.device(device).index if isinstance(device, (str, torch.device)) else device
-    target = arch.current(index)
+    device = torch.device("cuda" if device is None else device)
+    target = arch.current(device.index) if device.type == "cuda" else None
     rows = []
     owner: dict[int, str] = {}
     for module_name, module in model.named_modules():
@@ -102,22 +102,26 @@ def _mebibytes(n: int) -> str:
 
 
 def _row(full_name, module, name, weight, first, target) -> Row:
-    before = weight.numel() * weight.element_size()
-    shape = tuple(weight.shape)
-    if isinstance(weight, PackedInt4):
-        fields = (weight.qdata, weight.scale, weight.zero_point)
-        after = sum(t.numel() * t.element_size() for t in fields if t is not None)
-        kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
-        return Row(full_name, type(weight).__name__, shape, before, after, kernels, "")
+    before, after = weight.numel() * weight.element_size(), _bytes(weight)
+    kind = type(module).__name__
+    kernels: tuple[str, ...] = ()
     note = module.__dict__.get(REASONS_ATTRIBUTE, {}).get(name, "")
-    if not note:
-        note = "" if isinstance(module, nn.Linear) else f"{type(module).__name__}, not a Linear"
+    if isinstance(weight, PackedInt4):
+        kind = type(weight).__name__
+        kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
+    elif not note and not isinstance(module, nn.Linear):
+        note = f"{type(module).__name__}, not a Linear"
     if first != full_name:
-        note, after = f"tied to {first}", 0
-        before = 0
-    else:
-        after = before
-    return Row(full_name, type(module).__name__, shape, before, after, (), note)
+        before, after, note = 0, 0, f"tied to {first}"
+    return Row(full_name, kind, tuple(weight.shape), before, after, kernels, note)
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    """As it is held: a wrapper of other tensors holds theirs."""
+    if hasattr(weight, "__tensor_flatten__"):
+        names, _ = weight.__tensor_flatten__()
+        return sum(_bytes(getattr(weight, name)) for name in names)
+    return weight.numel() * weight.element_size()
 
 
 def _kernel(weight: PackedInt4, m: int, target: dispatch.Arch | None) -> str:

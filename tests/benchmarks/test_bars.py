@@ -11,7 +11,7 @@ SHAPE = next(shape for shape in DENSE_SHAPES if shape.name == "28672x4096")
 RUN = dict(date="2026-01-01T00:00", gpu="x", torch="2", triton="3", ptxas="12", git="0")
 
 
-def point(m=1, us=20.0, impl="ours", act="bf16", **fields) -> rows.Point:
+def point(m=1, us=20.0, impl="w4tensor", act="bf16", **fields) -> rows.Point:
     known = dict(impl=impl, act=act, group=128, zero="symmetric", N=SHAPE.n, K=SHAPE.k, M=m, us=us)
     known |= dict(spread=0.01, read_us=16.0, bf16_us=60.0, rel_err=2e-3)
     return rows.Point(**RUN, **(known | fields))
@@ -81,7 +81,7 @@ def test_experts_and_models():
     one = next(bar for bar in found if bar.name == f"{shape.name}, 1 tokens, us")
     assert one.worst.value == 14.5 and one.reaches(one.must) is False
     figure = dict(RUN, transformers="5", model="llama-3-8b", batch=1)
-    rates = {"ours": 950.0, "bf16": 1000.0}
+    rates = {"w4tensor": 950.0, "bf16": 1000.0}
     prefill = bars.model_bars(
         rows.Figure(**figure, impl=impl, figure="prefill_tok_s", value=rate)
         for impl, rate in rates.items()

@@ -1,4 +1,4 @@
-"""Int4ActQuantTensor on a CUDA device, against its definition in fp64, at both sides of each border."""
+"""Int4ActQuantTensor on a CUDA device, against its definition in fp64, on both sides of borders."""
 
 from __future__ import annotations
 

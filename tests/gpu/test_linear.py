@@ -1,4 +1,4 @@
-"""torch.ops.w4tensor.linear on a CUDA device, against the fp64 oracle, at both sides of each border."""
+"""torch.ops.w4tensor.linear on a CUDA device, against the fp64 oracle, on both sides of borders."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tests.weights import (
     CLASSES,
     DTYPES,
@@ -18,7 +19,6 @@ from tests.weights import (
     cases,
     fields,
 )
-
 from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 from w4tensor.layout import LAYOUT_VERSION, SCALE_DTYPES

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+
 from tests.test_reference import round_activations
 from tests.weights import (
     CLASSES,
@@ -22,7 +23,6 @@ from tests.weights import (
     cases,
     exact_x,
 )
-
 from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 

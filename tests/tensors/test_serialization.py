@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from tests.weights import CLASSES, Case, assert_same, both_classes, cases, exact_x, fields
 
+from tests.weights import CLASSES, Case, assert_same, both_classes, cases, exact_x, fields
 from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError
 from w4tensor.layout import LAYOUT_VERSION
@@ -94,7 +94,8 @@ def model_of(case: Case) -> nn.Module:
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("through_file", [False, True])
 def test_a_state_dict_goes_into_a_quantised_model(cls, assign, through_file):
-    source, target = model_of(Case(cls, zero="integer")), model_of(Case(cls, zero="integer", seed=1))
+    source = model_of(Case(cls, zero="integer"))
+    target = model_of(Case(cls, zero="integer", seed=1))
     state = source.state_dict()
     state = save_and_load(state) if through_file else state
     before = target[0].weight

@@ -1,4 +1,4 @@
-"""Operators that move or show a weight: the same operator on the dequantised tensor, bit for bit."""
+"""Operators that move or show a weight: the same operator on the dequantised one, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from tests.weights import CLASSES, Case, all_dtypes, assert_same, both_classes, cases
 
+from tests.weights import CLASSES, Case, all_dtypes, assert_same, both_classes, cases
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 
 MODES = {
@@ -218,7 +218,8 @@ def test_a_cut_along_k_is_right_on_borders_and_refused_elsewhere(case, data):
     dim = -2 if transposed else -1
     w, dense = (w.mT, case.dense().mT) if transposed else (w, case.dense())
     if legal:
-        assert_stands_for(w.narrow(dim, start, stop - start), dense.narrow(dim, start, stop - start))
+        size = stop - start
+        assert_stands_for(w.narrow(dim, start, size), dense.narrow(dim, start, size))
     else:
         with pytest.raises(Unsupported, match="along K"):
             w.narrow(dim, start, stop - start)
@@ -313,7 +314,7 @@ def test_operators_that_would_cut_codes_or_reorder_k_are_refused(cls, stack):
 
 @both_classes
 def test_a_mask_over_k_of_a_transposed_stack_is_refused(cls):
-    """[E, N] and [E, K] masks have the same shape where N = K: the bytes would fit, not the sense."""
+    """[E, N] and [E, K] masks have one shape where N = K: the bytes would fit, not the sense."""
     w = Case(cls, n=128, k=128, stack=(2,)).weight()
     mask = torch.rand(2, 128) > 0.5
     assert w[mask].shape == (int(mask.sum()), 128)

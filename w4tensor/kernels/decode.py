@@ -14,7 +14,9 @@ Words, scales and x go from memory straight into the registers in which mma.sync
 load is one dimension (two where neighbours go in one access) whose order spells lane, warp and
 register, fastest first, because that is how Triton deals a one-dimensional load out. Reshapes and
 transpositions then turn it into an operand without moving anything. Next to nothing but unpacking
-and multiplying is left: 1.6 to 2 instructions a weight (tests/kernels/lowering).
+and multiplying is left: 1.6 to 2 instructions a weight (tests/kernels/lowering). For several tokens
+x may go through shared memory instead (X_SHARED): in the operand's order a warp reads 16 bytes of
+each token at a time, which is one access a token.
 """
 
 from __future__ import annotations
@@ -85,6 +87,21 @@ def _tokens(
 
 
 @triton.jit
+def _shared_tokens(
+    x, WARPS: tl.constexpr, BLOCKS: tl.constexpr, RUNS: tl.constexpr, KWIDTH: tl.constexpr
+):
+    """x [(WARPS, BM), BLOCKS * 128] -> [RUNS * WARPS, K of a run, BM], through shared memory."""
+    V: tl.constexpr = 8 * BLOCKS // RUNS
+    BM: tl.constexpr = x.shape[0] // WARPS
+    x = x.reshape(WARPS, BM, RUNS, V, 2, 4, 2)
+    if KWIDTH == 2:
+        x = x.trans(2, 0, 3, 4, 5, 6, 1)
+    else:
+        x = x.trans(2, 0, 3, 5, 4, 6, 1)
+    return x.reshape(RUNS * WARPS, V * 16, BM)
+
+
+@triton.jit
 def _by_row(values, H: tl.constexpr, WARPS: tl.constexpr):
     """Scales [(SEGMENTS / VECTOR, H, WARPS, 8, t), VECTOR] -> fp32, shaped as a product is."""
     VECTOR: tl.constexpr = values.shape[1]
@@ -99,7 +116,9 @@ def _sums_of_x(xt, B: tl.constexpr, WARPS: tl.constexpr):
     """Sums of x over each run of k, for every lane that holds the token: [RUNS, .., B, 4, 2]."""
     RUNS: tl.constexpr = xt.shape[0] // WARPS
     # a product with ones leaves the sums where the matrix unit leaves everything else
-    ones = tl.full((xt.shape[0], 16, xt.shape[1]), 1.0, xt.dtype)
+    # joined as weights are, ones are an operand of the same order, and the dots share x
+    half = tl.full((xt.shape[0], 16, xt.shape[1] // 2), 1.0, xt.dtype)
+    ones = tl.join(half, half).reshape(xt.shape[0], 16, xt.shape[1])
     d = tl.dot(ones, xt).reshape(RUNS, WARPS, 2, 8, B, 4, 2)
     # both halves of 16 equal rows are the same
     sums, _ = d.trans(0, 1, 3, 4, 5, 6, 2).split()
@@ -110,12 +129,13 @@ def _sums_of_x(xt, B: tl.constexpr, WARPS: tl.constexpr):
 def _accumulate(
     acc,
     words,
-    pairs,
+    x,
     scale,
     zero,
     BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
+    X_SHARED: tl.constexpr,
     KWIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
@@ -126,7 +146,10 @@ def _accumulate(
     B: tl.constexpr = acc.shape[3]
     e0, e1, e2, e3, e4, e5, e6, e7 = unpack(words, DTYPE, ASM)
     z = _weights(join8(e0, e1, e2, e3, e4, e5, e6, e7), H, BLOCKS, WARPS, SEGMENTS, KWIDTH)
-    xt = _tokens(pairs, B, BLOCKS, WARPS, SEGMENTS, KWIDTH, DTYPE)
+    if X_SHARED:
+        xt = _shared_tokens(x, WARPS, BLOCKS, SEGMENTS, KWIDTH)
+    else:
+        xt = _tokens(x, B, BLOCKS, WARPS, SEGMENTS, KWIDTH, DTYPE)
     d = tl.dot(z, xt).reshape(SEGMENTS, WARPS, H, 8, B, 4, 2)
     if ASYMMETRIC:
         shift = (_by_row(zero, H, WARPS) - SYMMETRIC_ZERO_POINT) * CODE_UNIT
@@ -135,9 +158,11 @@ def _accumulate(
 
 
 @triton.jit
-def _load_pairs(x_ptrs, k, K, ok, MASK_K: tl.constexpr, PAIRS: tl.constexpr):
-    """x at k and k + 1, as the low and high half of an int32."""
-    if PAIRS:
+def _load_x(x_ptrs, k, K, ok, MASK_K: tl.constexpr, PAIRS: tl.constexpr, X_SHARED: tl.constexpr):
+    """x as it stands in memory, or x at k and k + 1 as the low and high half of an int32."""
+    if X_SHARED:
+        return tl.load(x_ptrs, mask=ok & (k < K) if MASK_K else ok, other=0.0)
+    elif PAIRS:
         mask = ok & (k < K) if MASK_K else ok
         return tl.load(x_ptrs.to(tl.pointer_type(tl.int32)), mask=mask, other=0)
     else:
@@ -173,6 +198,8 @@ def _decode_kernel(
     VECTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
+    X_SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
     KWIDTH: tl.constexpr,
     X_AHEAD: tl.constexpr,
     EVICT: tl.constexpr,
@@ -198,13 +225,20 @@ def _decode_kernel(
     w_block = f // 8 % WARPS * BLOCKS + f // (8 * WARPS) % BLOCKS
     w_ptrs = w_ptr + (e * N + row)[:, None] * (n_blocks * 16) + tl.arange(0, 16)[None, :]
 
-    # x, pairs of k [(B, BLOCKS, i, p, q', WARPS, 8, t)]; tokens past the end read the last one
-    f = tl.arange(0, B * BLOCKS * 16 * WARPS * 32)
-    token = tl.minimum(f // (32 * WARPS * 16 * BLOCKS) * 8 + f // 4 % 8, M - 1)
-    x_block = f // 32 % WARPS * BLOCKS + f // (32 * WARPS * 16) % BLOCKS
-    # t, in a form that keeps lanes four pairs apart from being taken for one 16-byte load
-    t = (3 - f % 4) ^ 3
-    x_k = x_block * 128 + f // (32 * WARPS) % 16 * 8 + t * 2
+    # tokens past the end read the last one
+    if X_SHARED:
+        # x [(WARPS, BM), BLOCKS * 128]
+        f = tl.arange(0, WARPS * BLOCK_M)
+        token = tl.minimum(f % BLOCK_M, M - 1)[:, None]
+        x_k = (f // BLOCK_M * (BLOCKS * 128))[:, None] + tl.arange(0, BLOCKS * 128)[None, :]
+    else:
+        # x, pairs of k [(B, BLOCKS, i, p, q', WARPS, 8, t)]
+        f = tl.arange(0, B * BLOCKS * 16 * WARPS * 32)
+        token = tl.minimum(f // (32 * WARPS * 16 * BLOCKS) * 8 + f // 4 % 8, M - 1)
+        x_block = f // 32 % WARPS * BLOCKS + f // (32 * WARPS * 16) % BLOCKS
+        # t, in a form that keeps lanes four pairs apart from being taken for one 16-byte load
+        t = (3 - f % 4) ^ 3
+        x_k = x_block * 128 + f // (32 * WARPS) % 16 * 8 + t * 2
     x_ptrs = x_ptr + e * stride_xe + token * stride_xm.to(tl.int64) + x_k
 
     # scales [(SEGMENTS / VECTOR, H, WARPS, 8, t), VECTOR]
@@ -243,25 +277,26 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if X_AHEAD:
-        x_now = _load_pairs(x_ptrs + begin * (STEP * 128), 0, K, begin < end, False, PAIRS)
+        x_now = _load_x(x_ptrs + begin * (STEP * 128), 0, K, begin < end, False, PAIRS, X_SHARED)
     if not EVEN_K:
         k = block * 128
-        pairs = _load_pairs(x_ptrs + k, k + x_k, K, last, True, PAIRS)
+        x = _load_x(x_ptrs + k, k + x_k, K, last, True, PAIRS, X_SHARED)
         acc = _accumulate(
             acc,
             tail_words,
-            pairs,
+            x,
             tail_scale,
             tail_zero,
             BLOCKS,
             SEGMENTS,
             zero_ptr is not None,
+            X_SHARED,
             KWIDTH,
             DTYPE,
             ASM,
         )
 
-    for step in tl.range(begin, end, num_stages=1):
+    for step in tl.range(begin, end, num_stages=STAGES):
         ahead = step + 1
         next_words = tl.load(w_ptrs + ahead * (STEP * 16), mask=ahead < end, eviction_policy=EVICT)
         at = ahead * (STEP_VECTORS * VECTOR)
@@ -270,19 +305,22 @@ def _decode_kernel(
         if zero_ptr is not None:
             next_zero = tl.load(zero_ptr + s_at + at, mask=ahead < end)
         if X_AHEAD:
-            pairs = x_now
-            x_now = _load_pairs(x_ptrs + ahead * (STEP * 128), 0, K, ahead < end, False, PAIRS)
+            x = x_now
+            x_now = _load_x(
+                x_ptrs + ahead * (STEP * 128), 0, K, ahead < end, False, PAIRS, X_SHARED
+            )
         else:
-            pairs = _load_pairs(x_ptrs + step * (STEP * 128), 0, K, True, False, PAIRS)
+            x = _load_x(x_ptrs + step * (STEP * 128), 0, K, True, False, PAIRS, X_SHARED)
         acc = _accumulate(
             acc,
             words,
-            pairs,
+            x,
             scale,
             zero,
             BLOCKS,
             SEGMENTS,
             zero_ptr is not None,
+            X_SHARED,
             KWIDTH,
             DTYPE,
             ASM,
@@ -364,13 +402,15 @@ def decode(
         SEGMENTS=segments,
         VECTOR=vector,
         EVEN_K=k % step == 0,
+        X_SHARED=plan.x_shared,
+        STAGES=plan.num_stages,
         PAIRS=x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0,
         KWIDTH=plan.kwidth,
-        X_AHEAD=plan.x_ahead,
+        X_AHEAD=plan.x_ahead and not plan.x_shared,
         EVICT=plan.evict,
         PDL=plan.pdl,
         ASM=use_asm(),
         num_warps=plan.num_warps,
-        num_stages=1,
+        num_stages=plan.num_stages,
         **({"launch_pdl": True} if plan.pdl else {}),
     )

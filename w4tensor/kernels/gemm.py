@@ -10,10 +10,11 @@ weights go from registers to the unit (wgmma's register operand, or mma.sync) an
             +----------------+
 
 Words and x are copied to shared memory STAGES - 1 steps ahead, x by the tensor memory accelerator
-where X_TMA says so, which takes no registers; scales wait in registers, one step ahead. A scale goes
-to the weights before the dot; or, where groups are whole steps and tokens few (SCALE_AFTER), to the
-sum after it, which takes fewer instructions. A step waits for its own products (settle.py). K is cut into SPLIT_K slices where tiles alone would leave the card idle; partial sums
-are added in the order of the slices (ordered_sum.py).
+where X_TMA says so, which takes no registers; scales wait in registers, one step ahead. A scale
+goes to the weights before the dot; or, where groups are whole steps and tokens few (SCALE_AFTER),
+to the sum after it, which takes fewer instructions. A step waits for its own products (settle.py).
+K is cut into SPLIT_K slices where tiles alone would leave the card idle; partial sums are added in
+the order of the slices (ordered_sum.py).
 """
 
 from __future__ import annotations

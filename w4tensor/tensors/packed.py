@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
 
 from w4tensor import reference
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
@@ -33,12 +34,14 @@ _FOREIGN_FIELDS = (
     "activation_dtype",
     "scale_and_zero",
     "act_pre_scale",
+    "group_scale",
     "group_zero",
+    "row_scale",
 )
 
 
 class _ForeignField(MisdispatchError, AttributeError):
-    """A native int4 route asked for a field of its own class. Also an AttributeError: hasattr works."""
+    """A native int4 route asked for a field of its own. An AttributeError too: hasattr works."""
 
 
 if TYPE_CHECKING:
@@ -70,8 +73,10 @@ class PackedInt4(_Base):
     ) -> Tensor:
         """The empty wrapper that `__new__` returns: its shape follows from the fields."""
         for field, value in (("qdata", qdata), ("scale", scale), ("zero_point", zero_point)):
-            if not isinstance(value, Tensor) and (value is not None or field != "zero_point"):
-                raise PackingError(field, f"a {type(value).__name__}", "a torch.Tensor")
+            if value is None and field == "zero_point":
+                continue
+            if not isinstance(value, Tensor) or isinstance(value, TorchAOBaseTensor):
+                raise PackingError(field, f"a {type(value).__name__}", "a plain torch.Tensor")
         check_contract(cls.packing, qdata, scale, zero_point, group_size, layout_version)
         *stack, n, n_groups = scale.shape
         matrix = (n_groups * group_size, n) if transposed else (n, n_groups * group_size)
@@ -151,7 +156,7 @@ class PackedInt4(_Base):
 
     @classmethod
     def from_torchao_int4(cls, weight: Tensor, **fields: Any):
-        """Convert torchao's Int4Tensor or IntxUnpackedToInt8Tensor (int4), 2-D or 3-D, to this class.
+        """Convert torchao's Int4Tensor or IntxUnpackedToInt8Tensor (int4), 2-D or 3-D.
 
         Int4Tensor means w = q * scale + zero with q in -8..7 and zero in the weight's units; that
         is zero_point = 8 - zero / scale here. IntxUnpackedToInt8Tensor means w = (q - zero) * scale

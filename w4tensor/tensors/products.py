@@ -111,7 +111,7 @@ def _f_linear(func, types, args, kwargs):
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if not isinstance(w, PackedInt4) or w.transposed or w.ndim != 2:
         raise MisdispatchError(
-            f"F.linear takes an int4 tensor as its weight [N, K] only, not {w!r}; dequantize() it first"
+            f"F.linear takes an int4 tensor as its weight [N, K] only; dequantize() {w!r} first"
         )
     return _linear(x, w, bias)
 
@@ -170,7 +170,7 @@ def _f_grouped_mm(func, types, args, kwargs):
     stacked = isinstance(w, PackedInt4) and w.ndim == 3 and w.transposed
     if not stacked or x.ndim != 2 or rest.get("offs") is None or rest.get("bias") is not None:
         raise MisdispatchError(
-            "torch._grouped_mm takes x [T, K], int4 weights [E, N, K] seen through transpose(-2, -1), "
+            "torch._grouped_mm takes x [T, K], int4 weights [E, N, K] under transpose(-2, -1), "
             "offs and no bias; dequantize() for other forms"
         )
     y = torch.ops.w4tensor.grouped_linear(

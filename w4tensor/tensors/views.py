@@ -48,7 +48,7 @@ def _from_front(dim: int, ndim: int) -> int:
 
 
 def _stored_dim(w, dim: int) -> int:
-    """The dimension of the stored [.., N, K] that dimension `dim` of the (transposed) view shows."""
+    """The dimension of the stored [.., N, K] that `dim` of the (transposed) view shows."""
     dim = _from_front(dim, w.ndim)
     if w.transposed and dim >= w.ndim - 2:
         return 2 * w.ndim - 3 - dim
@@ -143,7 +143,7 @@ def _select(func, types, args, kwargs):
     w, dim, index = args
     if w.ndim != 3 or _stored_dim(w, dim) != 0:
         raise MisdispatchError(
-            f"select({dim}, {index}) of a {type(w).__name__} of shape {tuple(w.shape)}: only one of "
+            f"select({dim}, {index}) of a {type(w).__name__} {tuple(w.shape)}: only one of "
             "stacked weights [E, ..] can be selected; dequantize() it first"
         )
     return return_and_correct_aliasing(func, args, kwargs, w._map(lambda t: func(t, 0, index)))
@@ -252,7 +252,7 @@ def _view(func, types, args, kwargs):
     regrouped = not w.transposed and len(size) in (2, 3) and size[-1] == w.shape[-1]
     if not same and not (regrouped and torch.Size(size).numel() == w.numel()):
         raise MisdispatchError(
-            f"view of a {type(w).__name__} {tuple(w.shape)} as {tuple(size)}: only dimensions before "
+            f"view of a {type(w).__name__} {tuple(w.shape)} as {tuple(size)}: only what is before "
             "K can be regrouped, into 2 or 3; dequantize() it first"
         )
     lead = list(w.scale.shape[:-1]) if same else size[:-1]
@@ -265,7 +265,7 @@ def _unsqueeze(func, types, args, kwargs):
     w, dim = args
     if w.ndim != 2 or _from_front(dim, w.ndim + 1) != 0:
         raise MisdispatchError(
-            f"unsqueeze({dim}) of a {type(w).__name__} {tuple(w.shape)}: only a 2-D weight can become "
+            f"unsqueeze({dim}) of a {type(w).__name__} {tuple(w.shape)}: only a 2-D weight becomes "
             "[1, N, K]; dequantize() it first"
         )
     return return_and_correct_aliasing(func, args, kwargs, w._map(lambda t: func(t, 0)))
@@ -357,7 +357,7 @@ def _set_data(func, types, args, kwargs):
     target, source = args
     if type(source) is not type(target):
         raise MisdispatchError(
-            f"a {type(source).__name__} assigned to the data of a {type(target).__name__}; assign a "
+            f"a {type(source).__name__} assigned to the data of a {type(target).__name__}; use a "
             "new Parameter instead"
         )
     source._check()
@@ -395,6 +395,7 @@ _function_handlers += [
     ([torch.Tensor.data.__set__], _set_data),  # type: ignore[attr-defined]
     ([torch.Tensor.share_memory_], _share_memory),
     ([torch.Tensor.is_shared], _is_shared),
-    ([torch.Tensor.__dlpack__, torch.Tensor.set_], _no_memory),
-    ([aten.set_.source_Tensor_storage_offset], _no_memory),
+    ([torch.Tensor.__dlpack__, aten.set_.source_Tensor_storage_offset], _no_memory),
+    # these ask no dispatcher, and end the process on a tensor without memory
+    ([torch.Tensor.set_, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_], _no_memory),
 ]

@@ -199,6 +199,23 @@ def test_gemm_on_hopper(block_m, num_warps, group, act_group):
     assert code.per_weight(128 * 128) <= GEMM[block_m, num_warps, group, act_group], str(code)
 
 
+# tokens, rows, warps, act group
+GEMM_TMA = {(64, 128, 4, 128): 3.1, (64, 128, 4, 0): 2.4, (64, 64, 4, 0): 3.1}
+GEMM_TMA |= {(128, 64, 4, 128): 5.7, (128, 64, 4, 0): 4.1, (128, 128, 8, 128): 5.7}
+
+
+@pytest.mark.parametrize(("block_m", "block_n", "num_warps", "act_group"), GEMM_TMA)
+def test_gemm_where_x_comes_by_tma(block_m, block_n, num_warps, act_group):
+    code = lower_gemm(block_m, block_n, num_warps, act_group=act_group, x_tma=True)
+    assert code.stack == 0
+    assert "UTMALDG" in code.text and code.matrix == {"IGMMA"}
+    assert weights_stay_in_registers(code, block_n * 128), str(code)
+    budget = GEMM_TMA[block_m, block_n, num_warps, act_group]
+    assert code.per_weight(block_n * 128) <= budget, str(code)
+    # two programs of four warps share a multiprocessor
+    assert num_warps == 8 or code.registers * code.threads * 2 <= 65536
+
+
 @pytest.mark.parametrize(("group", "act_group"), [(128, 32), (128, 128), (128, 0), (0, 0)])
 @pytest.mark.parametrize("block_m", [32, 64])
 def test_gemm_before_hopper(block_m, group, act_group):

@@ -1,0 +1,71 @@
+"""dispatch_experts.py: a plan for every block, and tiles that the kernels can take."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w4tensor.dispatch import Arch
+from w4tensor.dispatch_experts import (
+    ExpertsPlan,
+    ExpertsProblem,
+    PairsPlan,
+    plan_experts,
+    plan_grouped,
+)
+from w4tensor.errors import Unsupported
+from w4tensor.testing import MOE_SHAPES
+
+H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+ARCHS = (
+    H200,
+    Arch(capability=(8, 0), num_sms=108, triton=(3, 7)),
+    Arch(capability=(9, 0), num_sms=132, triton=(3, 9)),
+)
+
+
+@given(
+    tokens=st.integers(1, 10**6),
+    top_k=st.integers(1, 20),
+    experts=st.integers(1, 600),
+    hidden=st.integers(1, 20000),
+    inter=st.integers(1, 20000),
+    group_size=st.sampled_from([16, 32, 64, 128, 256, 300]),
+    act_group_size=st.sampled_from([None, 32, -1]),
+    arch=st.sampled_from(ARCHS),
+)
+def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **sizes):
+    problem = ExpertsProblem(**sizes, act_group_size=act_group_size)
+    plan = plan_experts(problem, arch)
+    assert isinstance(plan, ExpertsPlan) and plan.name
+    for part in (plan.first, plan.second):
+        if isinstance(part, PairsPlan):
+            assert 1 <= part.slots * part.slices <= 16
+            assert part.slots <= max(1, problem.top_k)
+        else:
+            assert part.block_n % (16 * part.num_warps) == 0
+            assert part.narrow_m < part.block_m
+    if not isinstance(plan.first, PairsPlan):
+        assert plan.first.block_m == plan.second.block_m
+
+
+def test_tiles_grow_with_the_rows_of_an_expert():
+    sizes = [plan_grouped(rows, 64, 128, H200).block_m for rows in (1, 64, 512, 2048, 8192, 65536)]
+    assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == 128
+
+
+@pytest.mark.parametrize("shape", MOE_SHAPES, ids=lambda shape: shape.model)
+def test_one_token_is_not_sorted_and_thousands_are(shape):
+    def first(tokens):
+        sizes = shape.experts, shape.hidden, shape.inter, shape.group_size
+        return plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), H200).first
+
+    assert isinstance(first(1), PairsPlan) and not isinstance(first(4096), PairsPlan)
+
+
+def test_refusals_and_devices_without_kernels():
+    with pytest.raises(Unsupported, match="at least 1"):
+        plan_experts(ExpertsProblem(0, 8, 256, 2048, 512, 128), H200)
+    old = Arch(capability=(7, 5), num_sms=40, triton=(3, 6))
+    assert plan_experts(ExpertsProblem(1, 8, 256, 2048, 512, 128), old) is None
