@@ -190,7 +190,7 @@ def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
     if p.act == "int8":
         return plan_act_quant(p, arch)
     if p.batch == 1 and p.m >= _dequant_from_m(p):
-        return DequantPlan(rows=_workspace_rows(p))
+        return DequantPlan(rows=workspace_rows(p))
     if p.m <= DECODE_MAX_M:
         return _decode_plan(p, arch)
     return _gemm_plan(p, arch)
@@ -231,7 +231,7 @@ def _dequant_from_m(p: Problem) -> int:
     return 1024 if p.n * p.k >= 1 << 26 else 2048
 
 
-def _workspace_rows(p: Problem) -> int:
+def workspace_rows(p: Problem) -> int:
     """Rows whose bf16 values fit WORKSPACE_BYTES: they stay in L2 until cuBLAS reads them."""
     rows = WORKSPACE_BYTES // (2 * p.k)
     return min(p.n, max(256, rows // 256 * 256))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
+from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem, workspace_rows
 
 __all__ = [
     "ActQuantDecodePlan",
@@ -129,9 +129,7 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
     if p.m <= DECODE_MAX_M:
         return _decode_plan(p, arch)
     if p.m >= ROUNDED_FROM_M and p.batch == 1 and _is_fine(p):
-        # about 16 MiB of 16-bit values: they stay in L2 until cuBLAS reads them
-        rows = (8 << 20) // p.k // 256 * 256
-        return ActQuantRoundedPlan(rows=min(p.n, max(256, rows)))
+        return ActQuantRoundedPlan(rows=workspace_rows(p))
     return _gemm_plan(p, arch)
 
 

@@ -110,6 +110,17 @@ def expected(x, ids, weight, gate_up, down, gate="halves", act="silu", biases=(N
     return block(x, ids, weight, first, second, *biases, ACTIVATIONS[gate, act])
 
 
+def budget(x, ids, weight, gate_up, down, exact) -> float:
+    """Twice the error of plain fp16: tiny sizes cancel, and so lose more than a fixed budget."""
+
+    def half(v):
+        return v.half().double()
+
+    first, second = (half(c.dequantize(torch.float64)) for c in (gate_up, down))
+    rounded = block(x, ids, weight, first, second, None, None, lambda h: half(swiglu(h)))
+    return 2 * (rel_err(half(rounded), exact) + 2**-11)
+
+
 def tokens_of(n_tokens, hidden, n_experts, top_k, seed=0, sentinels=False):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n_tokens, hidden, generator=g, dtype=torch.float32).half()
@@ -189,7 +200,8 @@ def test_any_routing_is_the_definition(data):
     ids = torch.tensor(ids, dtype=torch.int64).view(n_tokens, top_k)
     y = run(x, ids, weight, gate_up, down, PLANS[plan])
     assert y.shape == (n_tokens, hidden)
-    assert rel_err(y, expected(x, ids, weight, gate_up, down)) < MOE_REL_ERR_BUDGET / 5
+    exact = expected(x, ids, weight, gate_up, down)
+    assert rel_err(y, exact) < budget(x, ids, weight, gate_up, down, exact)
 
 
 @pytest.mark.parametrize("plan", ["pairs", "grouped", "grouped, then pairs"])
