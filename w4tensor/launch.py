@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from w4tensor import arch, dispatch, reference
+from w4tensor import arch, dispatch, moe, reference
 from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
@@ -16,6 +16,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantGemmPlan,
     ActQuantRoundedPlan,
 )
+from w4tensor.dispatch_experts import plan_grouped
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
@@ -27,7 +28,12 @@ from w4tensor.kernels.quantize_activation import quantize_activation as quantize
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
 
-__all__ = ["act_quant_linear", "coalesced_linear", "quantize_activation"]
+__all__ = [
+    "act_quant_linear",
+    "coalesced_grouped_linear",
+    "coalesced_linear",
+    "quantize_activation",
+]
 
 _ACT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -106,6 +112,29 @@ def _by_blocks(
             torch.mm(x, w.t(), out=columns)
         else:
             torch.addmm(part, x, w.t(), out=columns)
+
+
+def coalesced_grouped_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offs: Tensor,
+    group_size: int,
+) -> Tensor:
+    """x [T, K] sorted by expert and W [E, N, *] -> [T, N], as ops.grouped_linear defines it."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, qdata.shape[1])
+    target = arch.current(x.device.index)
+    assert target is not None, "a CUDA tensor without CUDA"
+    stack = moe.Stack(
+        qdata.contiguous(),
+        scale.contiguous(),
+        None if zero_point is None else zero_point.contiguous(),
+        group_size,
+    )
+    plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target)
+    return moe.grouped_linear(_sixteen_bit(x), offs, stack, plan).to(x.dtype)
 
 
 def act_quant_linear(

@@ -167,6 +167,22 @@ def _cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, 
     return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)
 
 
+def _cuda_grouped_linear(
+    x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version
+):
+    weight = (qdata, scale, zero_point)
+    if act_group_size is not None:
+        # its kernels skip the rounding of x for few rows, which the type promises
+        return _reference_grouped_linear(
+            x, *weight, offs, group_size, act_group_size, layout_version
+        )
+    _check_operands(x, *weight, group_size, act_group_size, layout_version)
+    _check_grouped(x, qdata, offs)
+    from w4tensor import launch
+
+    return launch.coalesced_grouped_linear(x, *weight, offs, group_size)
+
+
 def _cuda_quantize_activation(x, act_group_size):
     from w4tensor import launch
 
@@ -281,3 +297,4 @@ for _name, _backward in (
 
 _library.impl("linear", _cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
+_library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")

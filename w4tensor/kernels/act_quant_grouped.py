@@ -20,6 +20,7 @@ from torch import Tensor
 
 from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K, cell_and_span
 from w4tensor.kernels.grouped import BLOCK_K, beside, lane_rows, store_tile, tile_rows
+from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
 
@@ -158,7 +159,7 @@ def _tile(
                 low, high = unpack_bytes(_piece(w, cell, BLOCK_K // CELL), ASM)
                 if CHAIN:
                     z = join_halves(low, high, KWIDTH)
-                    acc = tl.dot(z, xt, acc, out_dtype=tl.int32)
+                    acc = settle(tl.dot(z, xt, acc, out_dtype=tl.int32), ASM)
                 else:
                     if GROUP == 16:
                         # the two groups of a cell of 32 are its low and its high nibbles

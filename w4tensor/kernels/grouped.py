@@ -29,6 +29,7 @@ from torch import Tensor
 from w4tensor.kernels.act_quant_words import unpackable
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.groups import groups_of
+from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import (
     CODE_UNIT,
     SYMMETRIC_ZERO_POINT,
@@ -147,7 +148,7 @@ def _multiply(
             z -= _spread(((whole - SYMMETRIC_ZERO_POINT) * CODE_UNIT).to(dtype), KWIDTH)
             rest = ((whole - zero) * CODE_UNIT * factor).to(dtype)
             w = tl.fma(z, _spread(factor.to(dtype), KWIDTH), _spread(rest, KWIDTH))
-        return tl.dot(w, xt, acc)
+        return settle(tl.dot(w, xt, acc), ASM)
 
 
 @triton.jit

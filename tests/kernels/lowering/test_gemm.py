@@ -10,7 +10,7 @@ import pytest
 import triton
 
 from tests.kernels.lowering.sass import Lowered, lower
-from w4tensor.dispatch import KWIDTH_2_EVERYWHERE
+from w4tensor.dispatch import HOPPER_TILES, KWIDTH_2_EVERYWHERE
 from w4tensor.kernels.gemm import _gemm_kernel
 
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -31,6 +31,7 @@ def _lower(
     capability: int = 90,
     tma: bool = True,
     after: bool = False,
+    kwidth: int = 2,
     **options: object,
 ) -> Lowered:
     parts = 128 // group if 0 < group < 128 else 1
@@ -59,7 +60,7 @@ def _lower(
         "SCALE_AFTER": after,
         "EVEN_K": True,
         "X_TMA": tma,
-        "KWIDTH": 2 if capability == 90 or RELEASE >= KWIDTH_2_EVERYWHERE else 4,
+        "KWIDTH": kwidth if capability == 90 or RELEASE >= KWIDTH_2_EVERYWHERE else 4,
         "WARPS": num_warps,
         "STAGES": num_stages,
         "ASM": True,
@@ -124,3 +125,19 @@ def test_on_ampere(tile):
     code = _lower(*tile, capability=80, tma=False)
     assert _weights_stay_in_registers(code) and code.matrix == {"HMMA"}, str(code)
     assert code.per_weight(tile[1] * 128) <= 4.3, str(code)
+
+
+# scales change with each part of a block, and zero points with them
+@pytest.mark.parametrize(("group", "zero"), [(128, None), (32, None), (128, "fp16")])
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}")
+def test_every_shipped_tile(tile, block_n, group, zero):
+    if block_n > tile.block_n:
+        pytest.skip("dispatch halves tiles, it does not double them")
+    kwidth = 4 if tile.block_m < 16 and RELEASE < KWIDTH_2_EVERYWHERE else 2
+    after = group == 128 and zero is None and tile.block_m <= 64
+    code = _lower(
+        tile.block_m, block_n, 4, tile.num_stages, group, zero, after=after, kwidth=kwidth
+    )
+    assert _weights_stay_in_registers(code), str(code)
+    assert code.per_weight(block_n * 128) <= (5.6 if tile.block_m >= 128 else 5.2), str(code)
