@@ -28,6 +28,7 @@ ALLOWED = {
     "arch": {"dispatch"},
     "kernels": {"kernels", "layout"},
     "launch": {
+        "moe",
         "kernels",
         "dispatch",
         "dispatch_act_quant",
