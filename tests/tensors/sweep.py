@@ -282,6 +282,8 @@ def sweep_native_kernels(w, dense: Tensor) -> int:
 
 
 def main() -> None:
+    # the same operands in every run: a loss near 0 has no relative bound under int8 rounding
+    torch.manual_seed(0)
     faulthandler.enable()
     keep = pretend_native_kernels()
     answers = 0
