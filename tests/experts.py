@@ -52,6 +52,7 @@ class Block:
     def cases(self) -> tuple[Case, Case]:
         rows = self.inter if self.gate == "none" else 2 * self.inter
         options: dict[str, Any] = dict(cls=self.cls, stack=(self.experts,), zero=self.zero)
+        options["dtype"] = self.dtype
         first, second = self.group_sizes
         return (
             Case(n=rows, k=self.hidden, group_size=first, **options),

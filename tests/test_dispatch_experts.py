@@ -12,6 +12,7 @@ from w4tensor.dispatch_experts import (
     ExpertsProblem,
     PairsPlan,
     plan_experts,
+    plan_gathered,
     plan_grouped,
 )
 from w4tensor.errors import Unsupported
@@ -48,6 +49,21 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
             assert part.narrow_m < part.block_m
     if not isinstance(plan.first, PairsPlan):
         assert plan.first.block_m == plan.second.block_m
+
+
+@given(
+    rows=st.integers(1, 10**6),
+    experts=st.integers(1, 600),
+    k=st.integers(1, 20000),
+    act_group_size=st.sampled_from([None, 32, -1]),
+    arch=st.sampled_from(ARCHS),
+)
+def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
+    arch, act_group_size, rows, experts, k
+):
+    sizes = dict(hidden=k, inter=64, group_size=128, act_group_size=act_group_size)
+    block = plan_experts(ExpertsProblem(rows, 1, experts, **sizes), arch)
+    assert plan_gathered(rows, experts, k, 128, arch, act_group_size) == block.first
 
 
 def test_tiles_grow_with_the_rows_of_an_expert():
