@@ -190,9 +190,12 @@ def _check_experts(
             f"[{', '.join(str(s) for s in down[0].shape[:2])}, {inter}]: it has to be "
             f"[E, {'I' if gate == 'none' else '2 I'}, H] before [E, H, I]"
         )
-    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or len(ids) != len(x):
+    # len() would make a symbolic T a constant
+    tokens = x.shape[0]
+    integers = ids.dtype in (torch.int32, torch.int64)
+    if not integers or ids.ndim != 2 or ids.shape[0] != tokens:
         raise Unsupported(
-            f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({len(x)}, top_k)"
+            f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({tokens}, top_k)"
         )
     if not weight.is_floating_point() or weight.shape != ids.shape:
         raise Unsupported(

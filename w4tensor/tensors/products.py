@@ -134,7 +134,7 @@ def _f_matmul(func, types, args, kwargs):
     rank = {"mm": 2, "bmm": 3}.get(func.__name__.split(".")[0])
     if rank is not None and (a.ndim != rank or b.ndim != rank):
         raise Unsupported(f"{func.__name__} takes {rank}-D operands, not {a.ndim}-D and {b.ndim}-D")
-    if a.shape[-1] != b.shape[-2 if b.ndim > 1 else -1] or (rank == 3 and len(a) != len(b)):
+    if a.shape[-1] != b.shape[-2 if b.ndim > 1 else -1] or (rank == 3 and a.shape[0] != b.shape[0]):
         raise Unsupported(f"{tuple(a.shape)} @ {tuple(b.shape)}: the shapes do not match")
     return _matmul(a, b)
 
