@@ -40,7 +40,8 @@ ALLOWED = {
     "moe": {"kernels", "dispatch", "dispatch_experts", "arch", "reference", "layout", "errors"},
     "ops": {"launch", "moe", "reference", "layout", "errors"},
     "tensors": {"tensors", "ops", "quantize", "convert", "reference", "layout", "errors"},
-    "config": {"tensors", "ops", "quantize", "layout", "errors"},
+    "hf_experts": set(),
+    "config": {"hf_experts", "tensors", "ops", "quantize", "layout", "errors"},
     "summary": {"config", "tensors", "arch", "dispatch"},
     "hf": {"config", "tensors", "summary", "errors"},
     "testing": {"reference", "layout"},
@@ -58,6 +59,7 @@ BANNED = {
     "ops": {"triton"},
     "tensors": {"triton"},
     "config": {"triton"},
+    "hf_experts": {"triton"},
     "summary": {"triton"},
 }
 
