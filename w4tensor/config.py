@@ -120,7 +120,7 @@ def with_experts(config: W4CoalescedConfig) -> FqnToConfig:
     """
     config = replace(config)
     # torchao writes no private attribute to JSON
-    vars(config)["_reaches_experts"] = True
+    config.__dict__["_reaches_experts"] = True
     chosen = OrderedDict((f"re:{pattern}", config) for pattern in EXPERTS)
     with warnings.catch_warnings():
         # no pattern of names says "every Linear"
