@@ -16,7 +16,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantGemmPlan,
     ActQuantRoundedPlan,
 )
-from w4tensor.dispatch_experts import plan_grouped
+from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, plan_experts, plan_grouped
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
@@ -32,6 +32,7 @@ __all__ = [
     "act_quant_linear",
     "coalesced_grouped_linear",
     "coalesced_linear",
+    "experts",
     "quantize_activation",
 ]
 
@@ -43,6 +44,28 @@ def _plan(device: int, *problem):
     target = arch.current(device)
     assert target is not None, "a CUDA tensor without CUDA"
     return dispatch.plan(Problem(*problem), target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_experts(device: int, problem: ExpertsProblem) -> ExpertsPlan | None:
+    target = arch.current(device)
+    assert target is not None, "a CUDA tensor without CUDA"
+    return plan_experts(problem, target)
+
+
+def _stack(
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None = None,
+    act_group_size: int | None = None,
+) -> moe.Stack:
+    """Whole rows for the kernels: slices along K are strided, biases may be of N."""
+    qdata, scale = qdata.contiguous(), scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return moe.Stack(qdata, scale, zero_point, group_size, bias, act_group_size)
 
 
 def _sixteen_bit(x: Tensor) -> Tensor:
@@ -127,14 +150,34 @@ def coalesced_grouped_linear(
         return x.new_empty(0, qdata.shape[1])
     target = arch.current(x.device.index)
     assert target is not None, "a CUDA tensor without CUDA"
-    stack = moe.Stack(
-        qdata.contiguous(),
-        scale.contiguous(),
-        None if zero_point is None else zero_point.contiguous(),
-        group_size,
-    )
+    stack = _stack(qdata, scale, zero_point, group_size)
     plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target)
     return moe.grouped_linear(_sixteen_bit(x), offs, stack, plan).to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    gate_up: tuple,
+    down: tuple,
+    gate: str,
+    act: str,
+) -> Tensor | None:
+    """x [T, H] -> [T, H], as ops.experts defines it; None on a device without kernels.
+
+    gate_up, down: the fields of moe.Stack, in its order.
+    """
+    first, second = _stack(*gate_up), _stack(*down)
+    n_experts, hidden = second.qdata.shape[:2]
+    inter = second.scale.shape[-1] * second.group_size
+    if 0 in (*ids.shape, n_experts):
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    sizes = n_experts, hidden, inter, first.group_size, first.act_group_size
+    plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
+    if plan is None:
+        return None
+    return moe.experts(_sixteen_bit(x), ids, weight, first, second, plan, gate, act).to(x.dtype)
 
 
 def act_quant_linear(

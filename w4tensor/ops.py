@@ -8,6 +8,14 @@
         ends. -> [T, N]; rows from offs[-1] on are zero.
     grouped_linear_backward(grad, qdata, scale, zero_point, offs, group_size, act_group_size)
         the gradient of grouped_linear with respect to x; reads offs on the host.
+    experts(x, ids, weight, gate_up_*, down_*, gate_up_group_size, down_group_size, act_group_size,
+            gate, act, layout_version)
+        y[t] = sum over j of weight[t, j] * (down[e] @ h + down_bias[e]),    e = ids[t, j]
+                     h = act(gate_up[e] @ x[t] + gate_up_bias[e]), rounded to x's dtype
+        x [T, H], ids int32 or int64 and weight [T, top_k], gate_up [E, 2 I, H] (I rows without a
+        gate), down [E, H, I], biases [E, N] or None -> [T, H] of x's dtype. Ids outside 0..E-1 are
+        sentinels and add nothing; their weights must be finite. gate, act: of reference.activate.
+        There is no gradient.
     quantize_activation(x, act_group_size) -> (int8 [.., K], fp32 scale [.., groups])
         As reference.quantize_activation defines it.
 
@@ -19,12 +27,14 @@ neither triton nor a device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
-from w4tensor.layout import ACT_QUANT, COALESCED, Layout, check_contract
+from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, Layout, check_contract
 
 __all__ = ["ACT_GROUP_SIZES", "check_act_group_size"]
 
@@ -42,6 +52,13 @@ _library.define(
 _library.define(
     "grouped_linear_backward(Tensor grad, Tensor qdata, Tensor scale, Tensor? zero_point, "
     "Tensor offs, int group_size, int? act_group_size) -> Tensor"
+)
+_library.define(
+    "experts(Tensor x, Tensor ids, Tensor weight, "
+    "Tensor gate_up_qdata, Tensor gate_up_scale, Tensor? gate_up_zero_point, Tensor? gate_up_bias, "
+    "Tensor down_qdata, Tensor down_scale, Tensor? down_zero_point, Tensor? down_bias, "
+    "int gate_up_group_size, int down_group_size, int? act_group_size, str gate, str act, "
+    "int layout_version) -> Tensor"
 )
 _library.define("quantize_activation(Tensor x, int act_group_size) -> (Tensor, Tensor)")
 
@@ -111,6 +128,89 @@ def _check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
         raise Unsupported(f"offs is on {offs.device} and x on {x.device}")
 
 
+# stacked weights, in the order of moe.Stack:
+# qdata, scale, zero_point, group_size, bias, act_group_size
+_Stack = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None, int | None]
+
+
+def _check_experts(
+    x: Tensor, ids: Tensor, weight: Tensor, gate_up: _Stack, down: _Stack, gate: str, act: str
+) -> None:
+    if gate not in reference.GATES or act not in reference.ACTIVATIONS:
+        raise Unsupported(
+            f"gate={gate!r} with act={act!r}: gate is one of {reference.GATES} and act one of "
+            f"{tuple(reference.ACTIVATIONS)}"
+        )
+    if gate == "none" and act == "clamped_swiglu":
+        raise Unsupported("clamped_swiglu multiplies gate by up; give a gate, or another act")
+    if x.ndim != 2 or gate_up[0].ndim != 3 or down[0].ndim != 3:
+        raise Unsupported(
+            f"an experts block takes x [T, H] and stacks [E, N, K], not {x.ndim}-D, "
+            f"{gate_up[0].ndim}-D and {down[0].ndim}-D"
+        )
+    (n_experts, rows), hidden = gate_up[0].shape[:2], x.shape[1]
+    inter = down[1].shape[-1] * down[3]
+    fits = (n_experts, inter if gate == "none" else 2 * inter), (n_experts, hidden)
+    if (n_experts, rows) != fits[0] or down[0].shape[:2] != fits[1]:
+        raise Unsupported(
+            f"gate_up [{n_experts}, {rows}, {hidden}] with gate={gate!r} does not fit down "
+            f"[{', '.join(str(s) for s in down[0].shape[:2])}, {inter}]: it has to be "
+            f"[E, {'I' if gate == 'none' else '2 I'}, H] before [E, H, I]"
+        )
+    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or len(ids) != len(x):
+        raise Unsupported(
+            f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({len(x)}, top_k)"
+        )
+    if not weight.is_floating_point() or weight.shape != ids.shape:
+        raise Unsupported(
+            f"weight is {weight.dtype} {tuple(weight.shape)}, expected floats {tuple(ids.shape)}, "
+            "as ids has"
+        )
+    biases = (("gate_up_bias", gate_up), ("down_bias", down))
+    for name, (qdata, _, _, _, bias, _) in biases:
+        if bias is not None and bias.shape != qdata.shape[:2]:
+            raise Unsupported(
+                f"{name} has shape {tuple(bias.shape)}, expected {tuple(qdata.shape[:2])}"
+            )
+    others = [("ids", ids), ("weight", weight), ("down", down[0])]
+    for name, t in others + [(name, stack[4]) for name, stack in biases]:
+        if t is not None and t.device != x.device:
+            raise Unsupported(f"{name} is on {t.device} and x on {x.device}; move the model")
+
+
+def _experts(run: Callable) -> Callable:
+    """An implementation of experts: checks the operands, then calls `run` with two stacks."""
+
+    def implementation(
+        x,
+        ids,
+        weight,
+        gate_up_qdata,
+        gate_up_scale,
+        gate_up_zero_point,
+        gate_up_bias,
+        down_qdata,
+        down_scale,
+        down_zero_point,
+        down_bias,
+        gate_up_group_size,
+        down_group_size,
+        act_group_size,
+        gate,
+        act,
+        layout_version,
+    ):
+        first = (gate_up_qdata, gate_up_scale, gate_up_zero_point, gate_up_group_size)
+        second = (down_qdata, down_scale, down_zero_point, down_group_size)
+        layout = _check_operands(x, *first, act_group_size, layout_version)
+        check_contract(layout, *second, layout_version)
+        stacks = (*first, gate_up_bias, act_group_size), (*second, down_bias, act_group_size)
+        _check_experts(x, ids, weight, *stacks, gate, act)
+        return run(x, ids, weight, *stacks, gate, act)
+
+    return implementation
+
+
 # without CUDA: reference.py
 
 
@@ -150,6 +250,34 @@ def _reference_grouped_linear(
     return y
 
 
+def _reference_gathered(x: Tensor, ids: Tensor, stack: _Stack) -> Tensor:
+    """x [S, K] and ids [S] -> W[ids[s]] @ x[s] + bias[ids[s]], [S, N]; sentinels give zeros."""
+    qdata, scale, zero_point, group_size, bias, act_group_size = stack
+    y = x.new_zeros(x.shape[0], qdata.shape[1])
+    for expert in ids.unique().tolist():
+        if 0 <= expert < qdata.shape[0]:
+            rows = ids == expert
+            y[rows] = _reference_linear(
+                x[rows],
+                qdata[expert],
+                scale[expert],
+                None if zero_point is None else zero_point[expert],
+                None if bias is None else bias[expert],
+                group_size,
+                act_group_size,
+                LAYOUT_VERSION,
+            )
+    return y
+
+
+def _reference_experts(x, ids, weight, gate_up, down, gate, act):
+    pairs, slots = ids.flatten(), ids.shape[1]
+    h = _reference_gathered(x.float().repeat_interleave(slots, 0), pairs, gate_up)
+    h = reference.activate(h, gate, act).to(x.dtype).float()
+    y = _reference_gathered(h, pairs, down).unflatten(0, ids.shape)
+    return (y * weight.float()[..., None]).sum(1).to(x.dtype)
+
+
 def _reference_quantize_activation(x, act_group_size):
     return reference.quantize_activation(x, check_act_group_size(act_group_size))
 
@@ -183,6 +311,13 @@ def _cuda_grouped_linear(
     return launch.coalesced_grouped_linear(x, *weight, offs, group_size)
 
 
+def _cuda_experts(*operands):
+    from w4tensor import launch
+
+    y = launch.experts(*operands)
+    return _reference_experts(*operands) if y is None else y
+
+
 def _cuda_quantize_activation(x, act_group_size):
     from w4tensor import launch
 
@@ -204,6 +339,10 @@ def _fake_grouped_linear(
     _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     _check_grouped(x, qdata, offs)
     return x.new_empty(x.shape[0], qdata.shape[1])
+
+
+def _fake_experts(x, ids, weight, gate_up, down, gate, act):
+    return x.new_empty(x.shape)
 
 
 def _fake_quantize_activation(x, act_group_size):
@@ -282,6 +421,7 @@ for _name, _reference, _fake in (
         _reference_grouped_linear_backward,
         _fake_grouped_linear_backward,
     ),
+    ("experts", _experts(_reference_experts), _experts(_fake_experts)),
     ("quantize_activation", _reference_quantize_activation, _fake_quantize_activation),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
@@ -298,3 +438,4 @@ for _name, _backward in (
 _library.impl("linear", _cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
 _library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")
+_library.impl("experts", _experts(_cuda_experts), "CUDA")

@@ -5,14 +5,43 @@ Reads beside the formula of layout.py. Imports no kernel, so that it inherits no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from w4tensor.layout import SYMMETRIC_ZERO_POINT
 
-__all__ = ["act_quant_linear", "dequantize", "linear", "quantize_activation"]
+__all__ = [
+    "ACTIVATIONS",
+    "GATES",
+    "act_quant_linear",
+    "activate",
+    "dequantize",
+    "linear",
+    "quantize_activation",
+]
 
 INT8_MAX = 127
+# how gate and up alternate in the rows of an experts block's first product
+GATES = ("halves", "interleaved", "none")
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
+
+
+# of one operand; clamped_swiglu (gpt-oss) needs both gate and up
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda v: v,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu2": lambda v: F.relu(v).square(),
+    "clamped_swiglu": _clamped_swiglu,
+}
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -63,3 +92,15 @@ def act_quant_linear(
     group = x.shape[-1] if act_group_size == -1 else act_group_size
     x_hat = x_q.float() * x_scale.repeat_interleave(group, -1)[..., : x.shape[-1]]
     return linear(x_hat, dequantize(q, scale, zero_point), bias).to(x.dtype)
+
+
+def activate(h: Tensor, gate: str, act: str) -> Tensor:
+    """What stands between an experts block's products: act(gate) * up, [.., 2 I] -> [.., I].
+
+    Without a gate, act of all of h. gate and act are of GATES and ACTIVATIONS.
+    """
+    f = ACTIVATIONS[act]
+    if gate == "none":
+        return f(h)
+    g, up = h.chunk(2, dim=-1) if gate == "halves" else (h[..., 0::2], h[..., 1::2])
+    return f(g, up) if f is _clamped_swiglu else f(g) * up

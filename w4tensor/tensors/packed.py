@@ -58,6 +58,7 @@ class PackedInt4(_Base):
     scale: Tensor
     zero_point: Tensor | None
     group_size: int
+    act_group_size: int | None
     layout_version: int
     transposed: bool
 

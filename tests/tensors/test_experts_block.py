@@ -1,0 +1,86 @@
+"""w4tensor.tensors.experts: the block on tensors, what it refuses, and under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from tests.experts import Block, blocks
+from tests.tensors.test_compile import _fresh_dynamo, in_every_mode  # noqa: F401
+from tests.weights import CLASSES, Case, both_classes
+from w4tensor.errors import MisdispatchError, Unsupported
+from w4tensor.tensors import experts
+
+
+@given(blocks())
+def test_it_is_the_operator_on_the_fields_of_the_tensors(block):
+    load, (gate_up, down) = block.load(3), block.tensors()
+    expected = torch.ops.w4tensor.experts(*load, **block.operands())
+    for views in ((gate_up, down), (gate_up.mT, down.transpose(-2, -1))):
+        y = experts(*load, *views, *block.biases(), gate=block.gate, act=block.act)
+        assert torch.equal(y, expected)
+
+
+@in_every_mode
+@both_classes
+def test_it_compiles_without_a_break_for_any_number_of_tokens(cls, mode):
+    block = Block(cls, bias=True, gate="interleaved", act="clamped_swiglu")
+    weights = [torch.nn.Parameter(w, requires_grad=False) for w in block.tensors()]
+    biases = block.biases()
+
+    def run(x, ids, weight, gate_up, down):
+        y = experts(
+            x, ids, weight, gate_up, down, *biases, gate="interleaved", act="clamped_swiglu"
+        )
+        return y + x
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with mode():
+        for tokens in (1, 5, 3, 8):
+            load = block.load(tokens)
+            assert torch.equal(compiled(*load, *weights), run(*load, *weights))
+
+
+def test_weights_that_are_not_stacked_int4_are_refused():
+    block = Block()
+    load, (gate_up, down) = block.load(3), block.tensors()
+    for bad in (gate_up.dequantize(), gate_up[0]):
+        with pytest.raises(MisdispatchError, match="gate_up is a"):
+            experts(*load, bad, down)
+    for bad in (down.dequantize(), down[0]):
+        with pytest.raises(MisdispatchError, match="down is a"):
+            experts(*load, gate_up, bad)
+
+
+def test_weights_that_were_quantised_differently_are_refused():
+    load, (gate_up, _) = Block().load(3), Block(CLASSES[0]).tensors()
+    other = Block(CLASSES[1])
+    with pytest.raises(Unsupported, match="quantise both alike"):
+        experts(*load, gate_up, other.tensors()[1])
+    with pytest.raises(Unsupported, match="quantise both alike"):
+        experts(*load, other.tensors()[0], other.with_(act_group_size=64).tensors()[1])
+    wrong = Case(CLASSES[0], n=64, k=48, group_size=16, stack=(4,)).weight()
+    with pytest.raises(Unsupported, match="does not fit down"):
+        experts(*load, gate_up, wrong)
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_gradient_is_refused_rather_than_lost(which):
+    load, weights = list(Block().load(3)), Block().tensors()
+    load[which].requires_grad_()
+    with pytest.raises(Unsupported, match="no gradient"):
+        experts(*load, *weights)
+    with torch.no_grad():
+        assert experts(*load, *weights).shape == (3, 64)
+
+
+def test_a_graph_refuses_what_eager_refuses():
+    compiled = torch.compile(lambda *args: experts(*args) * 2, fullgraph=True, backend="aot_eager")
+    block = Block(CLASSES[1])
+    load, (gate_up, down) = block.load(3), block.tensors()
+    with pytest.raises(Exception, match="quantise both alike"):
+        compiled(*load, gate_up, block.with_(act_group_size=64).tensors()[1])
+    load[0].requires_grad_()
+    with pytest.raises(Exception, match="no gradient"):
+        compiled(*load, gate_up, down)
