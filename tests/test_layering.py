@@ -40,10 +40,10 @@ ALLOWED = {
     "moe": {"kernels", "dispatch", "dispatch_experts", "arch", "reference", "layout", "errors"},
     "ops": {"launch", "moe", "reference", "layout", "errors"},
     "tensors": {"tensors", "ops", "quantize", "convert", "reference", "layout", "errors"},
-    "hf_experts": set(),
+    "hf_experts": {"tensors"},
     "config": {"hf_experts", "tensors", "ops", "quantize", "layout", "errors"},
-    "summary": {"config", "tensors", "arch", "dispatch"},
-    "hf": {"config", "tensors", "summary", "errors"},
+    "summary": {"config", "hf_experts", "tensors", "arch", "dispatch"},
+    "hf": {"config", "hf_experts", "tensors", "summary", "errors"},
     "testing": {"reference", "layout"},
     "__init__": {"config", "errors", "summary", "tensors"},
 }

@@ -151,6 +151,7 @@ def _quantize_parameter(
     module._parameters[parameter_name] = nn.Parameter(quantised, requires_grad=False)
     # an earlier config may have left it alone
     module.__dict__.get(REASONS_ATTRIBUTE, {}).pop(parameter_name, None)
+    hf_experts.choose(module)
     return module
 
 

@@ -176,3 +176,29 @@ def generated(model: nn.Module, **options: Any) -> Tensor:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         return model.generate(**inputs(model), max_new_tokens=5, do_sample=False, **options)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(model)).logits
+
+
+def assert_same_model(model: nn.Module, other: nn.Module) -> int:
+    """The same parameters, bits and logits; how many of them are int4."""
+    parameters, others = dict(model.named_parameters()), dict(other.named_parameters())
+    assert parameters.keys() == others.keys()
+    int4 = 0
+    for name, parameter in parameters.items():
+        if isinstance(parameter, PackedInt4):
+            (fields, described), (_, other_described) = (
+                p.data.__tensor_flatten__() for p in (parameter, others[name])
+            )
+            assert type(parameter.data) is type(others[name].data) and described == other_described
+            for field in fields:
+                assert torch.equal(getattr(parameter, field), getattr(others[name], field)), name
+            int4 += 1
+        else:
+            assert type(others[name].data) is torch.Tensor, name
+            assert torch.equal(parameter, others[name]), name
+    assert torch.equal(logits(model), logits(other))
+    return int4
