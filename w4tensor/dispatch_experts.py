@@ -8,8 +8,8 @@ no triton. Two paths:
 
 The border is where the pairs of a token batch begin to share experts, so that reading an expert
 once pays for a sort and an ordered sum: REREADS. Where few rows share an expert's weights, their
-bytes decide: activations have 16 bits in either format of the weights, as int8 would not read fewer
-and quantising costs two launches. From INT8_ROWS on, a tile of int8 rows is worth that.
+bytes decide: 16-bit kernels read either format of the weights, and where activations are promised
+to be int8, they multiply what the codes mean. From INT8_ROWS on, a tile of int8 rows is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REREADS = 1.3
 PAIRS_MAX = 256
 # warps of a program of the pairs path
 PAIRS_WARPS = 8
-# rows of a tile from which int8 activations are used where there is an act_group_size
+# rows of a tile from which the int8 unit is used where there is an act_group_size
 INT8_ROWS = 16
 # mean rows of an expert that is hit -> tokens of a tile
 ROWS_OF_TILE = ((4.0, 8), (9.0, 16), (24.0, 32), (96.0, 64))

@@ -30,9 +30,9 @@ from w4tensor.layout import ACT_QUANT, COALESCED
 
 __all__ = [
     "act_quant_linear",
-    "coalesced_grouped_linear",
     "coalesced_linear",
     "experts",
+    "grouped_linear",
     "quantize_activation",
 ]
 
@@ -137,22 +137,23 @@ def _by_blocks(
             torch.addmm(part, x, w.t(), out=columns)
 
 
-def coalesced_grouped_linear(
+def grouped_linear(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
     offs: Tensor,
     group_size: int,
+    act_group_size: int | None,
 ) -> Tensor:
     """x [T, K] sorted by expert and W [E, N, *] -> [T, N], as ops.grouped_linear defines it."""
     if x.shape[0] == 0:
         return x.new_empty(0, qdata.shape[1])
     target = arch.current(x.device.index)
     assert target is not None, "a CUDA tensor without CUDA"
-    stack = _stack(qdata, scale, zero_point, group_size)
-    plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target)
-    return moe.grouped_linear(_sixteen_bit(x), offs, stack, plan).to(x.dtype)
+    stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
+    plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target, act_group_size)
+    return moe.grouped_linear(x, offs, stack, plan)
 
 
 def experts(
@@ -177,7 +178,7 @@ def experts(
     plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
     if plan is None:
         return None
-    return moe.experts(_sixteen_bit(x), ids, weight, first, second, plan, gate, act).to(x.dtype)
+    return moe.experts(x, ids, weight, first, second, plan, gate, act)
 
 
 def act_quant_linear(

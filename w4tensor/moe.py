@@ -2,6 +2,9 @@
 
     y[t] = sum over j of weight[t, j] * down[e](act(gate_up[e](x[t]))),    e = ids[t, j]
 
+Where the weights have an act_group_size, x and h are rounded to int8 before they are multiplied,
+at every number of tokens: int8 tiles take the codes, the other kernels what the codes mean.
+
 experts() is the whole of it. A module with an activation of its own runs first_product(), its
 activation on the rows it gets (in whatever order), then second_product().
 
@@ -22,7 +25,7 @@ from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
 from w4tensor.kernels.grouped import multiply_grouped
 from w4tensor.kernels.pairs import multiply_pairs
-from w4tensor.kernels.quantize_activation import quantize_activation
+from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.kernels.routing import route, tiles_of
 
 __all__ = [
@@ -42,7 +45,7 @@ class Stack(NamedTuple):
     Fields:
         qdata: [E, N, *], COALESCED, or ACT_QUANT where there is an act_group_size.
         scale, zero_point: [E, N, groups]. bias: [E, N] or None.
-        act_group_size: of int8 activations (-1: per token), where the plan takes such; None: never.
+        act_group_size: activations are rounded to int8 by such groups (-1: per token); None: not.
     """
 
     qdata: Tensor
@@ -78,14 +81,14 @@ def experts(
     gate: str = "halves",
     act: str = "silu",
 ) -> Tensor:
-    """x [T, H], ids and weight [T, top_k] -> y [T, H] of x's dtype (bf16 or fp16).
+    """x [T, H], ids and weight [T, top_k] -> y [T, H] of x's dtype; between, fp32 is bf16.
 
     Args:
         gate: how rows of gate_up alternate: "halves", "interleaved", or "none" for no gate.
         act: as kernels/gate.py names them.
     """
     h, routing = first_product(x, ids, weight, gate_up, plan, gate, act)
-    return second_product(h, routing, down, plan)
+    return second_product(h, routing, down, plan).to(x.dtype)
 
 
 def first_product(
@@ -105,8 +108,8 @@ def first_product(
     tokens, top_k = ids.shape
     n_experts, n = gate_up.scale.shape[:2]
     ids, weight = ids.contiguous(), weight.contiguous()
-    x = _rows(x)
-    h = torch.empty(tokens * top_k, n if gate == "none" else n // 2, dtype=x.dtype, device=x.device)
+    dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    h = torch.empty(tokens * top_k, n if gate == "none" else n // 2, dtype=dtype, device=x.device)
     if isinstance(plan.first, PairsPlan):
         _pairs(x, ids.view(-1, 1), gate_up, h, plan.first, x_div=top_k, gate=gate, act=act)
         return h, Routing(ids, weight, None, None)
@@ -121,7 +124,6 @@ def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) 
     """y [T, H]: each token's pairs times down, weighted and summed in the order of its slots."""
     tokens, top_k = routing.ids.shape
     n_experts, n = down.scale.shape[:2]
-    h = _rows(h)
     y = torch.empty(tokens, n, dtype=h.dtype, device=h.device)
     if isinstance(plan.second, PairsPlan):
         return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
@@ -141,7 +143,7 @@ def grouped_linear(
     """
     y = torch.empty(x.shape[0], stack.scale.shape[1], dtype=x.dtype, device=x.device)
     tiles = tiles_of(offs, x.shape[0], plan.block_m)
-    return _grouped(_rows(x), None, tiles, stack, y, plan)
+    return _grouped(x, None, tiles, stack, y, plan)
 
 
 def gathered_linear(
@@ -149,7 +151,7 @@ def gathered_linear(
 ) -> Tensor:
     """x [S, K] and ids [S] -> W[ids[s]] @ x[s], [S, N], without copying W; sentinels give zeros."""
     n_experts, n = stack.scale.shape[:2]
-    x, ids = _rows(x), ids.contiguous()
+    ids = ids.contiguous()
     y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if isinstance(plan, PairsPlan):
         return _pairs(x, ids.view(-1, 1), stack, y, plan)
@@ -161,10 +163,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _sixteen_bit(x: Tensor, stack: Stack) -> Tensor:
+    """x as kernels with 16-bit activations take it; fp32 becomes bf16, whose range is fp32's."""
+    if stack.act_group_size is not None:
+        return round_activation(_rows(x)[None], stack.act_group_size)[0]
+    return _rows(x.bfloat16() if x.dtype == torch.float32 else x)
+
+
 def _pairs(
     x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: PairsPlan, **fused: Any
 ) -> Tensor:
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
+    x = _sixteen_bit(x, stack)
     return multiply_pairs(x, ids, *weights, y, stack.group_size, plan, **fused)
 
 
@@ -179,11 +189,12 @@ def _grouped(
 ) -> Tensor:
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
     if isinstance(plan, GroupedPlan):
+        x = _sixteen_bit(x, stack)
         return multiply_grouped(x, order, tiles, *weights, y, stack.group_size, plan, **fused)
     act_group_size = stack.act_group_size
     assert act_group_size is not None, "these tiles are for int8 activations"
     sums = None if stack.zero_point is None else stack.group_size
-    codes, scale, sum_ = quantize_activation(x[None], act_group_size, sums)
+    codes, scale, sum_ = quantize_activation(_rows(x)[None], act_group_size, sums)
     return multiply_act_quant_grouped(
         codes[0],
         scale[0],

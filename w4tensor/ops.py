@@ -298,17 +298,11 @@ def _cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, 
 def _cuda_grouped_linear(
     x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version
 ):
-    weight = (qdata, scale, zero_point)
-    if act_group_size is not None:
-        # its kernels skip the rounding of x for few rows, which the type promises
-        return _reference_grouped_linear(
-            x, *weight, offs, group_size, act_group_size, layout_version
-        )
-    _check_operands(x, *weight, group_size, act_group_size, layout_version)
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     _check_grouped(x, qdata, offs)
     from w4tensor import launch
 
-    return launch.coalesced_grouped_linear(x, *weight, offs, group_size)
+    return launch.grouped_linear(x, qdata, scale, zero_point, offs, group_size, act_group_size)
 
 
 def _cuda_experts(*operands):

@@ -18,8 +18,8 @@ which is x. Words go from memory straight into the registers of the matrix unit:
 [4, 8, C, 2, TILES, BLOCKS, 4] is the operand's own order of lanes, warps and registers. All loads
 of a step are in flight at once; where one step is all of K, all of the program's are.
 
-W may be in either format: the ACT_QUANT one is read with 16-bit activations too, as so few tokens
-would gain nothing from int8 and pay for quantising with launches.
+W may be in either format: the ACT_QUANT one is read with 16-bit activations too, as the int8 unit
+would gain nothing for so few tokens.
 
 Ids outside 0..E-1 are expert-parallel sentinels: they load no weights and add nothing.
 """
