@@ -157,7 +157,7 @@ def _check_experts(
             f"[{', '.join(str(s) for s in down[0].shape[:2])}, {inter}]: it has to be "
             f"[E, {'I' if gate == 'none' else '2 I'}, H] before [E, H, I]"
         )
-    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or len(ids) != len(x):
+    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or ids.shape[0] != x.shape[0]:
         raise Unsupported(
             f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({len(x)}, top_k)"
         )
