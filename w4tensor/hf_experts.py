@@ -51,7 +51,7 @@ def fused_form(module: Any) -> tuple[str, str] | str:
     first, down = _weights(module)
     if not isinstance(first, PackedInt4) or type(first) is not type(down):
         return "its two weights are not both int4 of one class"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         return "a norm follows its experts"
     if not module.has_gate:
         return _with_activation("none", module)
@@ -137,12 +137,22 @@ def _grouped_mm(func, types, args, kwargs):
     return torch._grouped_mm(bound["input"], bound["weight"], offs=bound["offs"])
 
 
+class _Registration:
+    """register(), now and wherever the model that holds it is unpickled."""
+
+    def __init__(self) -> None:
+        register()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Registration, ()
+
+
 def choose(module: Any) -> None:
     """Have transformers call experts_forward for `module`, unless a user chose another function."""
     # what transformers' use_experts_implementation gives a module
     if not hasattr(module, "has_gate") or not hasattr(module, "config"):
         return
-    register()
+    module.__dict__["_w4tensor_registration"] = _Registration()
     # the default; a config is that of all layers, which may differ: experts_forward sees each
     if module.config._experts_implementation == "grouped_mm":
         first, down = _weights(module)
@@ -161,5 +171,5 @@ def path_of(module: Any) -> str:
     if name != IMPLEMENTATION:
         return f"experts: {name}, as the model's config says"
     if isinstance(form, tuple):
-        return f"experts: one fused operator, {' '.join(form)}"
+        return f"experts: one fused operator (gate: {form[0]}, act: {form[1]})"
     return f"experts: grouped_mm or batched_mm, as {form}"

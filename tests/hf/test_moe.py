@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import warnings
 
 import pytest
@@ -261,7 +262,8 @@ def test_quantising_chooses_the_fused_operator_where_it_can(build, config, fused
     else:
         assert fused_calls == [FORMS[build]] * len(experts)
         assert model.config._experts_implementation == "w4tensor"
-        assert notes == {f"experts: one fused operator, {' '.join(FORMS[build])}"}
+        gate, act = FORMS[build]
+        assert notes == {f"experts: one fused operator (gate: {gate}, act: {act})"}
 
 
 def first_experts(model: nn.Module) -> nn.Module:
@@ -383,7 +385,7 @@ def test_any_routing_equals_the_definition(build, config_type, data, tokens, top
         y = experts(x, ids, weight)
         expected = plain(x, ids, weight)
         assert y.shape == x.shape and y.dtype == x.dtype
-        # where a rounding moves a code of one token, that is 2e-3 of it; a wrong expert is all of it
+        # a code that rounding moves is 2e-3 of one token; a wrong expert is all of it
         budget = 1e-5 if config_type is W4CoalescedConfig else 5e-3
         assert (y - expected).norm() <= budget * expected.norm()
         # what another rank holds: its weights are zero already
@@ -498,3 +500,13 @@ def test_save_and_reload_bit_exactly(build, config, tmp_path):
     by_quantize.save_pretrained(tmp_path / "quantised")
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "quantised").eval()
     assert assert_same_model(by_quantize, again) > 2 * len(quantised_experts(model))
+
+
+def test_a_model_that_is_unpickled_whole_brings_our_implementation(monkeypatch):
+    model = quantised(mixtral, W4CoalescedConfig())
+    data = pickle.dumps(model)
+    # as in a process that has quantised nothing
+    monkeypatch.delitem(moe.ExpertsInterface._global_mapping, "w4tensor")
+    again = pickle.loads(data)
+    assert again.config._experts_implementation == "w4tensor"
+    assert_same_model(again, model)
