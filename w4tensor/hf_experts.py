@@ -128,8 +128,7 @@ def register() -> None:
     # under torch.compile grouped_mm calls it for weights that are not bf16
     fallback = torch.ops.transformers.grouped_mm_fallback
     for cls in (CudaCoalescedInt4Tensor, Int4ActQuantTensor):
-        cls.implements([fallback.default])(_grouped_mm)
-        cls.implements_torch_function([fallback, fallback.default])(_grouped_mm)
+        cls.implements_torch_function([fallback])(_grouped_mm)
 
 
 def _grouped_mm(func, types, args, kwargs):
