@@ -27,6 +27,7 @@ __all__ = [
     "GroupedPlan",
     "PairsPlan",
     "plan_experts",
+    "plan_gathered",
     "plan_grouped",
     "plan_pairs",
 ]
@@ -66,6 +67,11 @@ class ExpertsProblem:
         """Mean pairs of an expert that is hit, if tokens choose uniformly, no expert twice."""
         hit = self.experts * (1 - max(0.0, 1 - self.top_k / self.experts) ** self.tokens)
         return self.pairs / hit
+
+    @property
+    def few_pairs(self) -> bool:
+        """Whether reading an expert again for each of its pairs costs less than sorting them."""
+        return self.pairs <= PAIRS_MAX and self.rows_an_expert <= REREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +165,7 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
         raise Unsupported(f"every size of {p} must be at least 1")
     if arch.capability < MIN_CAPABILITY:
         return None
-    if p.pairs <= PAIRS_MAX and p.rows_an_expert <= REREADS:
+    if p.few_pairs:
         return ExpertsPlan(
             first=plan_pairs(1, p.hidden, arch),
             second=plan_pairs(p.top_k, p.inter, arch),
@@ -200,6 +206,16 @@ def plan_grouped(
     """Tiles for `rows` rows that are spread over `experts`."""
     hit = experts * (1 - (1 - 1 / experts) ** rows)
     return _plan_grouped(rows / max(hit, 1.0), group_size, arch, act_group_size)
+
+
+def plan_gathered(
+    rows: int, experts: int, k: int, group_size: int, arch: Arch, act_group_size: int | None = None
+) -> PairsPlan | GroupedPlan | ActQuantGroupedPlan:
+    """One product of `rows` rows, each with an expert of its own choice."""
+    problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
+    if problem.few_pairs:
+        return plan_pairs(1, k, arch)
+    return _plan_grouped(problem.rows_an_expert, group_size, arch, act_group_size)
 
 
 def _plan_grouped(

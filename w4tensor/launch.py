@@ -16,7 +16,13 @@ from w4tensor.dispatch_act_quant import (
     ActQuantGemmPlan,
     ActQuantRoundedPlan,
 )
-from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, plan_experts, plan_grouped
+from w4tensor.dispatch_experts import (
+    ExpertsPlan,
+    ExpertsProblem,
+    plan_experts,
+    plan_gathered,
+    plan_grouped,
+)
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
@@ -32,6 +38,7 @@ __all__ = [
     "act_quant_linear",
     "coalesced_linear",
     "experts",
+    "gathered_linear",
     "grouped_linear",
     "quantize_activation",
 ]
@@ -154,6 +161,26 @@ def grouped_linear(
     stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
     plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target, act_group_size)
     return moe.grouped_linear(x, offs, stack, plan)
+
+
+def gathered_linear(
+    x: Tensor,
+    ids: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    act_group_size: int | None,
+) -> Tensor:
+    """x [S, K], ids [S] and W [E, N, *] -> [S, N], as ops.gathered_linear defines it."""
+    (rows, k), (n_experts, n) = x.shape, qdata.shape[:2]
+    if 0 in (rows, n_experts):
+        return x.new_zeros(rows, n)
+    target = arch.current(x.device.index)
+    assert target is not None, "a CUDA tensor without CUDA"
+    stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
+    plan = plan_gathered(rows, n_experts, k, group_size, target, act_group_size)
+    return moe.gathered_linear(x, ids, stack, plan)
 
 
 def experts(

@@ -8,6 +8,9 @@
         ends. -> [T, N]; rows from offs[-1] on are zero.
     grouped_linear_backward(grad, qdata, scale, zero_point, offs, group_size, act_group_size)
         the gradient of grouped_linear with respect to x; reads offs on the host.
+    gathered_linear(x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+        x [S, K], ids int32 or int64 [S], qdata [E, N, *] -> W[ids[s]] @ x[s], [S, N], without
+        copying W. Ids outside 0..E-1 give zeros on CUDA, and raise IndexError on a CPU.
     experts(x, ids, weight, gate_up_*, down_*, gate_up_group_size, down_group_size, act_group_size,
             gate, act, layout_version)
         y[t] = sum over j of weight[t, j] * (down[e] @ h + down_bias[e]),    e = ids[t, j]
@@ -36,7 +39,7 @@ from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, Layout, check_contract
 
-__all__ = ["ACT_GROUP_SIZES", "check_act_group_size"]
+__all__ = ["ACT_GROUP_SIZES", "check_act_group_size", "check_ids"]
 
 ACT_GROUP_SIZES = (32, 64, 128, -1)
 
@@ -52,6 +55,10 @@ _library.define(
 _library.define(
     "grouped_linear_backward(Tensor grad, Tensor qdata, Tensor scale, Tensor? zero_point, "
     "Tensor offs, int group_size, int? act_group_size) -> Tensor"
+)
+_library.define(
+    "gathered_linear(Tensor x, Tensor ids, Tensor qdata, Tensor scale, Tensor? zero_point, "
+    "int group_size, int? act_group_size, int layout_version) -> Tensor"
 )
 _library.define(
     "experts(Tensor x, Tensor ids, Tensor weight, "
@@ -73,6 +80,19 @@ def check_act_group_size(act_group_size: int) -> int:
             f"act_group_size={act_group_size} is not one of {ACT_GROUP_SIZES} (-1: per token)"
         )
     return act_group_size
+
+
+def check_ids(ids: Tensor, n_experts: int, first: int = 0) -> None:
+    """Refuse ids outside first..n_experts - 1, as indexing does. Reads them.
+
+    Raises:
+        IndexError: the first of them.
+    """
+    wrong = ids[(ids < first) | (ids >= n_experts)]
+    if len(wrong):
+        raise IndexError(
+            f"index {int(wrong[0])} is out of bounds for dimension 0 with size {n_experts}"
+        )
 
 
 def _check_operands(
@@ -126,6 +146,19 @@ def _check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
         )
     if offs.device != x.device:
         raise Unsupported(f"offs is on {offs.device} and x on {x.device}")
+
+
+def _check_gathered(x: Tensor, ids: Tensor, qdata: Tensor) -> None:
+    if qdata.ndim != 3 or x.ndim != 2:
+        raise Unsupported(
+            f"a gathered product takes x [S, K] and W [E, N, K], not {x.ndim}-D and {qdata.ndim}-D"
+        )
+    if ids.dtype not in (torch.int32, torch.int64) or ids.shape != x.shape[:1]:
+        raise Unsupported(
+            f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({x.shape[0]},)"
+        )
+    if ids.device != x.device:
+        raise Unsupported(f"ids is on {ids.device} and x on {x.device}")
 
 
 # stacked weights, in the order of moe.Stack:
@@ -270,6 +303,16 @@ def _reference_gathered(x: Tensor, ids: Tensor, stack: _Stack) -> Tensor:
     return y
 
 
+def _reference_gathered_linear(
+    x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version
+):
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    _check_gathered(x, ids, qdata)
+    if ids.device.type == "cpu":
+        check_ids(ids, qdata.shape[0])
+    return _reference_gathered(x, ids, (qdata, scale, zero_point, group_size, None, act_group_size))
+
+
 def _reference_experts(x, ids, weight, gate_up, down, gate, act):
     pairs, slots = ids.flatten(), ids.shape[1]
     h = _reference_gathered(x.float().repeat_interleave(slots, 0), pairs, gate_up)
@@ -305,6 +348,16 @@ def _cuda_grouped_linear(
     return launch.grouped_linear(x, qdata, scale, zero_point, offs, group_size, act_group_size)
 
 
+def _cuda_gathered_linear(
+    x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version
+):
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    _check_gathered(x, ids, qdata)
+    from w4tensor import launch
+
+    return launch.gathered_linear(x, ids, qdata, scale, zero_point, group_size, act_group_size)
+
+
 def _cuda_experts(*operands):
     from w4tensor import launch
 
@@ -332,6 +385,14 @@ def _fake_grouped_linear(
 ):
     _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     _check_grouped(x, qdata, offs)
+    return x.new_empty(x.shape[0], qdata.shape[1])
+
+
+def _fake_gathered_linear(
+    x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version
+):
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    _check_gathered(x, ids, qdata)
     return x.new_empty(x.shape[0], qdata.shape[1])
 
 
@@ -390,6 +451,25 @@ def _grouped_linear_backward(ctx, grad):
     return grad_x, None, None, None, None, None, None, None
 
 
+def _save_gathered(ctx, inputs, output) -> None:
+    _, ids, *weight, ctx.group_size, ctx.act_group_size, _ = inputs
+    ctx.has_zero_point = weight[2] is not None
+    ctx.save_for_backward(*(t for t in weight if t is not None), ids)
+
+
+def _gathered_linear_backward(ctx, grad):
+    """Through the dequantised weights of every row: S x N x K of them, but nothing synchronises."""
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        weight, ids = _saved_weight(ctx), ctx.saved_tensors[-1]
+        sentinel = (ids < 0) | (ids >= weight[0].shape[0])
+        at = ids.masked_fill(sentinel, 0)
+        chosen = [None if t is None else t.index_select(0, at) for t in weight]
+        w = _dense(*chosen, ctx.group_size, ctx.act_group_size).to(grad.dtype)
+        grad_x = (grad[:, None] @ w)[:, 0].masked_fill(sentinel[:, None], 0)
+    return grad_x, None, None, None, None, None, None, None
+
+
 def _reference_grouped_linear_backward(
     grad, qdata, scale, zero_point, offs, group_size, act_group_size
 ):
@@ -415,21 +495,24 @@ for _name, _reference, _fake in (
         _reference_grouped_linear_backward,
         _fake_grouped_linear_backward,
     ),
+    ("gathered_linear", _reference_gathered_linear, _fake_gathered_linear),
     ("experts", _experts(_reference_experts), _experts(_fake_experts)),
     ("quantize_activation", _reference_quantize_activation, _fake_quantize_activation),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"w4tensor::{_name}", _fake, lib=_library)
 
-for _name, _backward in (
-    ("linear", _linear_backward),
-    ("grouped_linear", _grouped_linear_backward),
+for _name, _backward, _save in (
+    ("linear", _linear_backward, _save_weight),
+    ("grouped_linear", _grouped_linear_backward, _save_weight),
+    ("gathered_linear", _gathered_linear_backward, _save_gathered),
 ):
     torch.library.register_autograd(
-        f"w4tensor::{_name}", _backward, setup_context=_save_weight, lib=_library
+        f"w4tensor::{_name}", _backward, setup_context=_save, lib=_library
     )
 
 _library.impl("linear", _cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
 _library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")
+_library.impl("gathered_linear", _cuda_gathered_linear, "CUDA")
 _library.impl("experts", _experts(_cuda_experts), "CUDA")

@@ -24,7 +24,7 @@ in_every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 def assert_stands_for(w, dense: Tensor) -> None:
     """`w` is an int4 weight and its values are `dense`."""
-    assert type(w) in CLASSES and w.shape == dense.shape
+    assert isinstance(w, CLASSES) and w.shape == dense.shape
     assert torch.equal(w.dequantize(torch.float64), dense)
 
 

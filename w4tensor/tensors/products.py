@@ -16,7 +16,7 @@ from w4tensor import ops  # noqa: F401  (defines torch.ops.w4tensor)
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.packed import PackedInt4
 
-__all__ = ["register"]
+__all__ = ["as_autocast", "bind", "register"]
 
 aten = torch.ops.aten
 _handlers: list[tuple[list[Any], list[Any], Callable]] = []
@@ -38,7 +38,7 @@ def _implements(functions: list[Any], operators: list[Any]):
     return keep
 
 
-def _autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a matrix product: __torch_function__ runs before that cast."""
     device = x.device.type
     # autocast knows no meta device, and says so by raising
@@ -50,7 +50,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
     """x [.., K] times the stored [N, K] transposed, or [E, M, K] times [E, N, K]."""
     return torch.ops.w4tensor.linear(
-        _autocast(x),
+        as_autocast(x),
         w.qdata,
         w.scale,
         w.zero_point,
@@ -68,9 +68,9 @@ def _matmul(a: Any, b: Any) -> Tensor:
     if isinstance(b, PackedInt4):
         if b.transposed:
             return _linear(_stack_like(a, b), b)
-        return torch.matmul(_autocast(a), _plain(b, _autocast(a)))
+        return torch.matmul(as_autocast(a), _plain(b, as_autocast(a)))
     if a.transposed:
-        return torch.matmul(_plain(a, _autocast(b)), _autocast(b))
+        return torch.matmul(_plain(a, as_autocast(b)), as_autocast(b))
     if b.ndim == 1:
         return _linear(_stack_like(b, a), a)
     return _linear(_stack_like(b.mT, a), a).mT
@@ -80,7 +80,7 @@ def _plain(w, x: Tensor) -> Tensor:
     return w.dequantize(x.dtype)
 
 
-def _bind(func, args, kwargs, *names: tuple[str, ...]) -> list[Any]:
+def bind(func, args, kwargs, *names: tuple[str, ...]) -> list[Any]:
     """Operands by position or by one of their names; what no handler serves (out=) is refused."""
     rest = {name: value for name, value in kwargs.items() if value is not None}
     bound = list(args)
@@ -130,7 +130,7 @@ def _f_linear(func, types, args, kwargs):
     [aten.matmul.default, aten.mm.default, aten.bmm.default],
 )
 def _f_matmul(func, types, args, kwargs):
-    a, b = _bind(func, args, kwargs, ("input", "self"), ("mat2", "other", "tensor2"))
+    a, b = bind(func, args, kwargs, ("input", "self"), ("mat2", "other", "tensor2"))
     rank = {"mm": 2, "bmm": 3}.get(func.__name__.split(".")[0])
     if rank is not None and (a.ndim != rank or b.ndim != rank):
         raise Unsupported(f"{func.__name__} takes {rank}-D operands, not {a.ndim}-D and {b.ndim}-D")
@@ -148,7 +148,7 @@ def _f_rmatmul(func, types, args, kwargs):
 def _f_addmm(func, types, args, kwargs):
     kwargs = dict(kwargs)
     beta, alpha = kwargs.pop("beta", 1), kwargs.pop("alpha", 1)
-    bias, a, b = _bind(func, args, kwargs, ("input", "self"), ("mat1",), ("mat2",))
+    bias, a, b = bind(func, args, kwargs, ("input", "self"), ("mat1",), ("mat2",))
     if isinstance(bias, PackedInt4):
         raise MisdispatchError("addmm onto an int4 weight; dequantize() it first")
     if a.ndim != 2 or b.ndim != 2:
@@ -174,7 +174,7 @@ def _f_grouped_mm(func, types, args, kwargs):
             "offs and no bias; dequantize() for other forms"
         )
     y = torch.ops.w4tensor.grouped_linear(
-        _autocast(x),
+        as_autocast(x),
         w.qdata,
         w.scale,
         w.zero_point,
@@ -189,7 +189,7 @@ def _f_grouped_mm(func, types, args, kwargs):
 @_implements([torch.nn.functional.embedding], [])
 def _f_embedding(func, types, args, kwargs):
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-    indices, w, _, max_norm, *_ = _bind(
+    indices, w, _, max_norm, *_ = bind(
         func, args, kwargs, *((name,) for name in names), ("sparse",)
     )
     if max_norm is not None:

@@ -16,6 +16,7 @@ from torchao.utils import fill_defaults
 
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 from w4tensor.layout import BLOCK_K, GROUP_SIZES, SCALE_DTYPES
+from w4tensor.tensors.gathered import gather
 from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["register"]
@@ -192,7 +193,15 @@ def _index(func, types, args, kwargs):
         )
     if reached > w.ndim - 1:
         raise _refuse_k(w, func)
+    if len(indices) == 1 and _chooses(w, indices[0]):
+        return gather(w, indices[0], from_end=True)
     return w._map(lambda t: func(t, indices))
+
+
+def _chooses(w, ids: Tensor) -> bool:
+    """Whether ids [S] choose experts of stacked weights, as each row of a product does."""
+    integers = (torch.int32, torch.int64)
+    return w.ndim == 3 and ids.ndim == 1 and ids.dtype in integers and ids.device == w.device
 
 
 @_implements([aten.index_select.default])
@@ -201,6 +210,8 @@ def _index_select(func, types, args, kwargs):
     stored = _stored_dim(w, dim)
     if stored == w.ndim - 1:
         raise _refuse_k(w, func)
+    if stored == 0 and _chooses(w, index):
+        return gather(w, index, from_end=False)
     return w._map(lambda t: func(t, stored, index))
 
 
@@ -355,12 +366,14 @@ def _is_pinned(func, types, args, kwargs):
 def _set_data(func, types, args, kwargs):
     """`param.data = other`: the fields move along, so that no stale weight stays behind."""
     target, source = args
+    if isinstance(source, PackedInt4):
+        # a gathered weight becomes a copy when its fields are read
+        source._check()
     if type(source) is not type(target):
         raise MisdispatchError(
             f"a {type(source).__name__} assigned to the data of a {type(target).__name__}; use a "
             "new Parameter instead"
         )
-    source._check()
     with torch._C.DisableTorchFunctionSubclass():
         func(target, source)
     for name in (
