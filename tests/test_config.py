@@ -231,6 +231,14 @@ def test_one_linear_under_two_names_is_quantised_once(config, cls):
 
 
 @both_configs
+def test_modules_that_hold_each_other_in_a_circle(config, cls):
+    inner, outer = nn.ModuleDict(), nn.ModuleDict({"up": nn.Linear(128, 64)})
+    outer["inner"], inner["outer"] = inner, outer
+    quantize_(outer, FqnToConfig({"up.weight": config()}), filter_fn=None)
+    assert type(outer["up"].weight) is cls
+
+
+@both_configs
 def test_others_who_hold_a_weight_do_not_make_it_tied(config, cls):
     """An optimizer, a state_dict, a list, a module that is gone."""
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(128, 64))

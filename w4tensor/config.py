@@ -227,7 +227,8 @@ def _roots(module: nn.Module) -> list[nn.Module]:
     while outer:
         outer = [h for each in outer for h in holders.get(id(each), ()) if id(h) not in family]
         family |= {id(each): each for each in outer}
-    return [each for each in family.values() if id(each) not in holders]
+    # modules may hold each other in a circle
+    return [each for each in family.values() if id(each) not in holders] or [module]
 
 
 def _warn_of_experts(root: nn.Module, config: W4CoalescedConfig) -> None:
