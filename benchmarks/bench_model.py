@@ -128,19 +128,10 @@ def quantizer(impl: str) -> Callable[[nn.Module], None]:
             group_size=GROUP_SIZE, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D
         )
         return lambda module: quantize_(module, stock)
-    from w4tensor import W4ActQuantConfig, W4CoalescedConfig
+    from w4tensor import W4ActQuantConfig, W4CoalescedConfig, with_experts
 
     config = (W4CoalescedConfig if impl == "w4tensor" else W4ActQuantConfig)(group_size=GROUP_SIZE)
-    return lambda module: _quantize_with_experts(module, config)
-
-
-def _quantize_with_experts(module: nn.Module, config: Any) -> None:
-    """Linears, and stacked experts, which plain quantize_ leaves alone."""
-    from torchao.quantization import FqnToConfig, quantize_
-
-    quantize_(module, config)
-    experts = {r"re:.*experts\.(gate_up_proj|down_proj)": config}
-    quantize_(module, FqnToConfig(experts), filter_fn=None)
+    return lambda module: quantize_(module, with_experts(config), filter_fn=None)
 
 
 # measuring

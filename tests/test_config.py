@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import w4tensor
 from tests.weights import CLASSES, DTYPES
-from w4tensor import W4ActQuantConfig, W4CoalescedConfig
+from w4tensor import W4ActQuantConfig, W4CoalescedConfig, with_experts
 from w4tensor.config import MIN_OUT_FEATURES
 from w4tensor.errors import Unsupported
 
@@ -230,6 +231,14 @@ def test_one_linear_under_two_names_is_quantised_once(config, cls):
 
 
 @both_configs
+def test_modules_that_hold_each_other_in_a_circle(config, cls):
+    inner, outer = nn.ModuleDict(), nn.ModuleDict({"up": nn.Linear(128, 64)})
+    outer["inner"], inner["outer"] = inner, outer
+    quantize_(outer, FqnToConfig({"up.weight": config()}), filter_fn=None)
+    assert type(outer["up"].weight) is cls
+
+
+@both_configs
 def test_others_who_hold_a_weight_do_not_make_it_tied(config, cls):
     """An optimizer, a state_dict, a list, a module that is gone."""
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(128, 64))
@@ -264,6 +273,125 @@ def test_experts_are_quantised_by_parameter_name(config, cls):
     for e in range(4):
         y = F.linear(x, experts.gate_up_proj[e])
         assert torch.equal(y, F.linear(x, expected[e]))
+
+
+class Layer(nn.Module):
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.attention = nn.Linear(128, 64)
+        self.router = Router(128, 128)
+        self.experts = Experts(**sizes)
+
+
+def test_with_experts_reaches_linears_and_experts():
+    for config, cls in CONFIGS.items():
+        model = nn.ModuleList([Layer(), Layer()])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantize_(model, with_experts(config(group_size=64)), filter_fn=None)
+        int4 = {name for name, p in model.named_parameters() if isinstance(p, cls)}
+        assert int4 == {
+            f"{i}.{name}" for i in range(2) for name in ("attention.weight", "experts.gate_up_proj")
+        }
+        assert all(p.group_size == 64 for p in model.parameters() if isinstance(p, cls))
+
+
+@both_configs
+def test_with_experts_on_a_layer_and_on_the_experts_alone(config, cls):
+    model = nn.ModuleList([Layer(), Layer()])
+    quantize_(model[0], with_experts(config()), filter_fn=None)
+    quantize_(model[1].experts, with_experts(config()), filter_fn=None)
+    assert type(model[0].experts.gate_up_proj) is type(model[1].experts.gate_up_proj) is cls
+    assert type(model[0].attention.weight) is cls
+    assert type(model[1].attention.weight) is nn.Parameter
+
+
+@both_configs
+def test_with_experts_leaves_its_config_as_it_was_and_survives_json(config, cls, monkeypatch):
+    from torchao.core import config as ao_config
+
+    made = config(group_size=32)
+    both = with_experts(made)
+    assert made == config(group_size=32) and vars(made) == vars(config(group_size=32))
+    monkeypatch.setattr(
+        ao_config, "ALLOWED_AO_MODULES", ao_config.ALLOWED_AO_MODULES | {"w4tensor"}
+    )
+    assert config_from_dict(config_to_dict(both)) == both
+    assert both != with_experts(config(group_size=64))
+
+
+@both_configs
+def test_experts_that_stay_behind_are_told_once_a_model(config, cls):
+    model = nn.ModuleList([Layer(), Layer()])
+    with pytest.warns(UserWarning) as told:
+        quantize_(model, config(group_size=64))
+        quantize_(model, config(group_size=64))
+    (warning,) = told
+    text = str(warning.message)
+    share = 2 * 4 * 192 * 128 / sum(p.numel() for p in model.parameters())
+    assert f"{share:.0%} of the weights of this ModuleList" in text
+    assert "2 stacks, 0.experts.gate_up_proj" in text and "stay torch.float32" in text
+    # what it says to do can be done as it stands
+    other = nn.ModuleList([Layer()])
+    names = {"quantize_": quantize_, "model": other, "w4tensor": w4tensor, config.__name__: config}
+    exec(text.partition("int4: ")[2], names)
+    assert type(other[0].experts.gate_up_proj) is cls
+    assert other[0].experts.gate_up_proj.group_size == 64
+
+
+@both_configs
+def test_a_second_model_is_told_again_and_only_of_its_own_experts(config, cls):
+    dense, first = nn.Sequential(nn.Linear(128, 64)), nn.Sequential(Layer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_(dense, config())
+        # nothing that this config would quantise stays behind
+        quantize_(nn.Sequential(Layer(k=100)), config())
+        quantize_(nn.Sequential(Layer(n=32)), config())
+    with pytest.warns(UserWarning, match="1 stacks, 0.experts"):
+        quantize_(first, config())
+    second = nn.Sequential(nn.Identity(), Layer())
+    with pytest.warns(UserWarning, match="1 stacks, 1.experts"):
+        # a part of it: the model around is what the warning is about
+        quantize_(second[1], config())
+
+
+class Holder(nn.Module):
+    """What transformers calls [E, K, N]."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(3, 192, 128))
+
+
+@both_configs
+def test_transposed_experts_are_quantised_along_k(config, cls):
+    model = nn.ModuleDict({"experts": Holder()})
+    dense = model["experts"].down_proj.detach().clone()
+    quantize_(model, with_experts(config(group_size=64)), filter_fn=None)
+    w = model["experts"].down_proj
+    assert type(w) is cls and w.transposed and w.shape == (3, 192, 128)
+    expected = cls.from_hp(dense.mT.contiguous(), 64)
+    assert torch.equal(w.qdata, expected.qdata) and torch.equal(w.scale, expected.scale)
+    assert w.qdata.is_contiguous() and w.scale.is_contiguous()
+    x = torch.randn(3, 5, 192)
+    assert torch.equal(torch.bmm(x, w), torch.bmm(x, expected.mT))
+
+
+@both_configs
+def test_a_linear_inside_a_router_is_left_alone(config, cls):
+    class TopKGating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(128, 128)
+
+    model = nn.ModuleDict({"gate": TopKGating(), "up": nn.Linear(128, 128)})
+    quantize_(model, config())
+    assert type(model["gate"].layer.weight) is nn.Parameter
+    assert notes(model)["gate.layer.weight"].startswith("a router")
+    assert type(model["up"].weight) is cls
 
 
 @both_configs

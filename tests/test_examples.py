@@ -43,6 +43,17 @@ def test_the_first_example_is_thirty_lines_and_agrees_with_its_formula():
     assert error < 3e-3 < lost < 0.1
 
 
+def test_the_experts_example_is_forty_lines_and_quantises_every_stack():
+    path = ROOT / "examples" / "02_quantize_experts.py"
+    assert len(path.read_text().splitlines()) <= 40
+    out = printed(str(path))
+    stacks = [line for line in out.splitlines() if ".experts." in line]
+    assert len(stacks) == 4 and all("CudaCoalescedInt4Tensor" in line for line in stacks)
+    assert all("one fused operator (gate: halves, act: silu)" in line for line in stacks)
+    assert 0.01 < float(re.search(r"moved by (\S+)", out)[1]) < 0.5
+    assert len(re.search(r"continues with \[(.*)\]", out)[1].split(",")) == 5
+
+
 def test_sentences_are_distinct_whole_and_as_many_as_asked():
     found = minilm.sentences(400)
     assert len(found) == len(set(found)) == 400

@@ -40,9 +40,10 @@ ALLOWED = {
     "moe": {"kernels", "dispatch", "dispatch_experts", "arch", "reference", "layout", "errors"},
     "ops": {"launch", "moe", "reference", "layout", "errors"},
     "tensors": {"tensors", "ops", "quantize", "convert", "reference", "layout", "errors"},
-    "config": {"tensors", "ops", "quantize", "layout", "errors"},
-    "summary": {"config", "tensors", "arch", "dispatch"},
-    "hf": {"config", "tensors", "summary", "errors"},
+    "hf_experts": {"tensors"},
+    "config": {"hf_experts", "tensors", "ops", "quantize", "layout", "errors"},
+    "summary": {"config", "hf_experts", "tensors", "arch", "dispatch"},
+    "hf": {"config", "hf_experts", "tensors", "summary", "errors"},
     "testing": {"reference", "layout"},
     "__init__": {"config", "errors", "summary", "tensors"},
 }
@@ -58,6 +59,7 @@ BANNED = {
     "ops": {"triton"},
     "tensors": {"triton"},
     "config": {"triton"},
+    "hf_experts": {"triton"},
     "summary": {"triton"},
 }
 

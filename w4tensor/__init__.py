@@ -7,7 +7,7 @@
 Importing this package asks no device anything and does not import triton.
 """
 
-from w4tensor.config import W4ActQuantConfig, W4CoalescedConfig
+from w4tensor.config import W4ActQuantConfig, W4CoalescedConfig, with_experts
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 from w4tensor.summary import summary
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
@@ -21,5 +21,6 @@ __all__ = [
     "W4ActQuantConfig",
     "W4CoalescedConfig",
     "summary",
+    "with_experts",
 ]
 __version__ = "0.1.0"

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
-from dataclasses import dataclass
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import ClassVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
+from w4tensor import hf_experts
 from w4tensor.errors import Unsupported
 from w4tensor.layout import SCALE_DTYPES, check_group_size
 from w4tensor.ops import check_act_group_size
 from w4tensor.quantize import ALGORITHMS, Algorithm
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
 
-__all__ = ["MIN_OUT_FEATURES", "REASONS_ATTRIBUTE", "W4ActQuantConfig", "W4CoalescedConfig"]
+__all__ = [
+    "MIN_OUT_FEATURES",
+    "REASONS_ATTRIBUTE",
+    "W4ActQuantConfig",
+    "W4CoalescedConfig",
+    "with_experts",
+]
 
 # gates and state-space projections below this many rows gain nothing and decide much
 MIN_OUT_FEATURES = 64
 # where a handler leaves, on a module, why it left a parameter alone: {parameter name: reason}
 REASONS_ATTRIBUTE = "_w4tensor_left_alone"
+# stacked weights [E, .., ..] as transformers names them; a module of experts may itself be the root
+EXPERTS = (
+    r"(.*experts\.)?(gate_up|gate|up|down)_proj",
+    # JetMoE
+    r".*\b(input|output)_linear\.weight",
+)
 
 
 @dataclass
@@ -46,6 +65,8 @@ class W4CoalescedConfig(AOBaseConfig):
     group_size: int = 128
     algorithm: Algorithm = "symmetric"
     version: int = 1
+    # set by with_experts
+    _reaches_experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
@@ -84,12 +105,36 @@ class W4ActQuantConfig(W4CoalescedConfig):
         )
 
 
+def with_experts(config: W4CoalescedConfig) -> FqnToConfig:
+    """`config` for every Linear and every stack of experts of a transformers model.
+
+    torchao wants filter_fn=None beside it. It is as good for TorchAoConfig(..) of from_pretrained.
+
+    >>> from torchao.quantization import quantize_
+    >>> from transformers import MixtralConfig, MixtralModel
+    >>> sizes = dict(hidden_size=128, intermediate_size=128, num_hidden_layers=1, vocab_size=8)
+    >>> model = MixtralModel(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    >>> quantize_(model, with_experts(W4CoalescedConfig()), filter_fn=None)
+    >>> type(model.layers[0].mlp.experts.down_proj).__name__
+    'CudaCoalescedInt4Tensor'
+    """
+    config = replace(config)
+    # torchao writes no private attribute to JSON
+    config.__dict__["_reaches_experts"] = True
+    chosen = OrderedDict((f"re:{pattern}", config) for pattern in EXPERTS)
+    with warnings.catch_warnings():
+        # no pattern of names says "every Linear"
+        warnings.filterwarnings("ignore", message="Config Deprecation: _default")
+        return FqnToConfig(chosen | {"_default": config})
+
+
 @register_quantize_module_handler(W4ActQuantConfig)
 @register_quantize_module_handler(W4CoalescedConfig)
 def _quantize_parameter(
     module: nn.Module, config: W4CoalescedConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
     """Replace one parameter of `module` by its int4 tensor, or note on the module why not."""
+    _look_around(module, config)
     if module._parameters.get(parameter_name) is None:
         return module
     reason = _why_not(module, parameter_name, config) or _why_tied(module, parameter_name)
@@ -97,10 +142,16 @@ def _quantize_parameter(
         reasons = module.__dict__.setdefault(REASONS_ATTRIBUTE, {})
         reasons[parameter_name] = reason
         return module
-    quantised = config._quantize(getattr(module, parameter_name))
+    weight = getattr(module, parameter_name).detach()
+    if hf_experts.is_transposed(module, weight):
+        # codes run along K wherever the model has it
+        quantised = config._quantize(weight.mT).mT
+    else:
+        quantised = config._quantize(weight)
     module._parameters[parameter_name] = nn.Parameter(quantised, requires_grad=False)
     # an earlier config may have left it alone
     module.__dict__.get(REASONS_ATTRIBUTE, {}).pop(parameter_name, None)
+    hf_experts.choose(module)
     return module
 
 
@@ -112,9 +163,9 @@ def _why_not(module: nn.Module, name: str, config: W4CoalescedConfig) -> str | N
         return f"a {weight.ndim}-D {type(module).__name__} parameter is not a Linear or an expert"
     if weight.dtype not in SCALE_DTYPES:
         return f"{weight.dtype} is not a float of 2 or 4 bytes"
-    if "router" in type(module).__name__.lower():
+    if module in _in_routers:
         return "a router: its choices are worth more than its bytes"
-    n, k = weight.shape[-2:]
+    n, k = weight.mT.shape[-2:] if hf_experts.is_transposed(module, weight) else weight.shape[-2:]
     if n < MIN_OUT_FEATURES:
         return f"N={n} is below {MIN_OUT_FEATURES}: a gate or router, nothing to gain"
     try:
@@ -131,14 +182,73 @@ def _why_tied(module: nn.Module, name: str) -> str | None:
 
 
 def _owners(module: nn.Module, name: str) -> int:
-    """How many modules hold this very parameter. quantize_ shows a handler one module at a time."""
+    """How many modules of the model hold this very parameter."""
     # its dict and this call: the count of a parameter that nobody else refers to, no caller either
     if sys.getrefcount(module._parameters[name]) <= 2:
         return 1
     weight = module._parameters[name]
     return sum(
-        any(value is weight for value in owner.__dict__.get("_parameters", {}).values())
-        for owner in gc.get_objects()
+        any(value is weight for value in owner._parameters.values()) for owner in _models[module]
+    )
+
+
+# a module -> all of the models that hold it; and the Linears of their routers
+_models: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_in_routers: WeakSet[nn.Module] = WeakSet()
+
+
+def _look_around(module: nn.Module, config: W4CoalescedConfig) -> None:
+    """Once for a model: find its modules and its routers, and say if its experts stay behind.
+
+    quantize_ shows a handler one module at a time and nothing around it.
+    """
+    if module in _models:
+        return
+    roots = _roots(module)
+    model = WeakSet(each for root in roots for each in root.modules())
+    for each in model:
+        _models[each] = model
+        if re.search("router|gating", type(each).__name__.lower()):
+            _in_routers.update(part for part in each.modules() if isinstance(part, nn.Linear))
+    if isinstance(module, nn.Linear) and not config._reaches_experts:
+        for root in roots:
+            _warn_of_experts(root, config)
+
+
+def _roots(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules that hold `module`."""
+    holders: dict[int, list[nn.Module]] = {}
+    for holder in gc.get_objects():
         # isinstance would ask objects of other packages for their __class__
-        if issubclass(type(owner), nn.Module)
+        if issubclass(type(holder), nn.Module):
+            for child in holder.__dict__.get("_modules", {}).values():
+                holders.setdefault(id(child), []).append(holder)
+    family, outer = {id(module): module}, [module]
+    while outer:
+        outer = [h for each in outer for h in holders.get(id(each), ()) if id(h) not in family]
+        family |= {id(each): each for each in outer}
+    # modules may hold each other in a circle
+    return [each for each in family.values() if id(each) not in holders] or [module]
+
+
+def _warn_of_experts(root: nn.Module, config: W4CoalescedConfig) -> None:
+    found = {
+        f"{owner_name}.{name}": parameter
+        for owner_name, owner in root.named_modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.ndim == 3
+        if any(re.fullmatch(pattern, f"{owner_name}.{name}") for pattern in EXPERTS)
+        if _why_not(owner, name, config) is None
+    }
+    if not found:
+        return
+    whole = sum(parameter.numel() for parameter in root.parameters())
+    share = sum(parameter.numel() for parameter in found.values()) / whole
+    name, parameter = next(iter(found.items()))
+    warnings.warn(
+        f"{share:.0%} of the weights of this {type(root).__name__} are experts and stay "
+        f"{parameter.dtype} unless a pattern names them ({len(found)} stacks, {name} ..): by "
+        "itself this config reaches Linears only. To have both in int4: "
+        f"quantize_(model, w4tensor.with_experts({config}), filter_fn=None)",
+        stacklevel=2,
     )

@@ -6,18 +6,24 @@
     )
     model.save_pretrained(target)  # and from_pretrained(target) gives the same bits back
 
-enable() must also run in the process that reloads. torchao offers no call to register a tensor
+enable() must also run in the process that reloads; experts that it loads run on our implementation
+(hf_experts.py), as those that quantize_ made. torchao offers no call to register a tensor
 class for safetensors or a config for JSON; its documentation says to extend these lists.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.core.config import AOBaseConfig
 
+from w4tensor import hf_experts
 from w4tensor.errors import Unsupported
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
+from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["attach_quantizer", "enable"]
 
@@ -49,6 +55,22 @@ def enable() -> None:
         if cls.__name__ not in names:
             names.append(cls.__name__)
     ao_config.ALLOWED_AO_MODULES.add("w4tensor")
+    global _watching
+    if not _watching and find_spec("transformers") is not None:
+        _watching = True
+        hf_experts.register()
+        # a file holds no word of the experts implementation, and no config's handler runs on reload
+        register_module_parameter_registration_hook(_choose_for_loaded)
+
+
+_watching = False
+
+
+def _choose_for_loaded(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if isinstance(parameter, PackedInt4) and parameter.ndim == 3:
+        # where torch is about to put it; choose looks at both weights of the module
+        module._parameters[name] = parameter
+        hf_experts.choose(module)
 
 
 def attach_quantizer(model: Any, config: AOBaseConfig) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from w4tensor import arch, dispatch
-from w4tensor.config import REASONS_ATTRIBUTE
+from w4tensor import arch, dispatch, hf_experts
+from w4tensor.config import EXPERTS, REASONS_ATTRIBUTE
 from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["Row", "Summary", "summary"]
@@ -25,7 +26,7 @@ class Row:
         name: of the parameter. kind: its tensor class, or its module's where it is plain.
         shape: as the model sees it. bytes_before: in its dtype; bytes_after: as it is held.
         kernels: which kernel serves M = 1, 16, 256, 4096; empty where nothing was quantised.
-        note: why it was left alone, or what else is worth saying.
+        note: why it was left alone; of experts, what multiplies by them, and why.
     """
 
     name: str
@@ -109,6 +110,9 @@ def _row(full_name, module, name, weight, first, target) -> Row:
     if isinstance(weight, PackedInt4):
         kind = type(weight).__name__
         kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
+        note = (hf_experts.path_of(module) if weight.ndim == 3 else None) or note
+    elif not note and weight.ndim == 3 and any(re.fullmatch(e, full_name) for e in EXPERTS):
+        note = "experts: with_experts(config) would quantise them"
     elif not note and not isinstance(module, nn.Linear):
         note = f"{type(module).__name__}, not a Linear"
     if first != full_name:

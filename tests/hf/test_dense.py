@@ -6,41 +6,30 @@ plain torch: the dequantised weight, and for W4A8 the activation rounded to int8
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 from torchao.quantization import quantize_
 
 import w4tensor
+from tests.hf.models import (
+    BUDGET,
+    GROUPED,
+    SIZES,
+    DefinedLinear,
+    causal,
+    defined,
+    difference,
+    every_config,
+    generated,
+    inputs,
+    made,
+    named,
+    quantised_linears,
+)
 from w4tensor import W4ActQuantConfig, W4CoalescedConfig
 from w4tensor.tensors.packed import PackedInt4
-
-CONFIGS = [
-    pytest.param(W4CoalescedConfig(group_size=64, algorithm="min_max"), id="w4a16"),
-    pytest.param(W4ActQuantConfig(group_size=128, act_group_size=32), id="w4a8"),
-]
-# of the logits, relative in the Frobenius norm: fp32 rounding in another order of summation. With
-# int8 activations such a rounding may move a code, worth 1 / 127 of a group in one token; leaving
-# the activations unrounded would be worth more (asserted below)
-BUDGET = {None: 1e-5, 32: 1e-3}
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 160,
-}
-GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
-
-
-def causal(config: hf.PreTrainedConfig) -> nn.Module:
-    return hf.AutoModelForCausalLM.from_config(config)
 
 
 def llama() -> nn.Module:
@@ -111,68 +100,6 @@ OTHERS = [bert, vit, whisper]
 # whose output layer is the input embedding
 TIED = [qwen3, gemma3, opt, bert, whisper]
 
-every_config = pytest.mark.parametrize("config", CONFIGS)
-
-
-def named(builders: list[Callable]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("build", builders, ids=lambda build: build.__name__)
-
-
-def made(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return build().eval()
-
-
-def inputs(model: nn.Module) -> dict[str, Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 160, (2, 9), generator=rng)
-    if isinstance(model, hf.ViTForImageClassification):
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=rng)}
-    if isinstance(model, hf.WhisperForConditionalGeneration):
-        features = torch.randn(2, 80, 16, generator=rng)
-        return {"input_features": features, "decoder_input_ids": tokens}
-    return {"input_ids": tokens}
-
-
-class Definition(nn.Module):
-    """What a quantised Linear means: x, for W4A8 rounded to int8, times the dequantised weight."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        q, scale, zero_point = linear.weight.to_codes()
-        zero = torch.full_like(scale, 8) if zero_point is None else zero_point
-        group_of = torch.arange(q.shape[1]) // linear.weight.group_size
-        self.weight = nn.Parameter((q.float() - zero.float()[:, group_of]) * scale[:, group_of])
-        self.bias = linear.bias
-        self.act_group_size = linear.weight.act_group_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.act_group_size is not None:
-            groups = x.float().unflatten(-1, (-1, self.act_group_size))
-            step = groups.abs().amax(-1, keepdim=True) / 127
-            x = (torch.round(groups / step) * step).flatten(-2).to(x.dtype)
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module.weight, PackedInt4)
-    }
-
-
-def defined(model: nn.Module) -> nn.Module:
-    """A copy whose quantised Linears are their definition."""
-    model = copy.deepcopy(model)
-    for name, linear in quantised_linears(model).items():
-        model.set_submodule(name, Definition(linear))
-    return model
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
 
 @every_config
 @named(DECODERS + OTHERS)
@@ -192,18 +119,11 @@ def test_forward_equals_the_definition(build, config):
     if act_group_size is not None:
         exact = defined(model)
         for module in exact.modules():
-            if isinstance(module, Definition):
+            if isinstance(module, DefinedLinear):
                 module.act_group_size = None
         with torch.no_grad():
             unrounded = exact(**inputs(model)).logits
         assert difference(unrounded, expected) > 2 * BUDGET[act_group_size]
-
-
-def generated(model: nn.Module, **options: Any) -> Tensor:
-    """Five tokens after each prompt, greedily; none of them ends a sequence early."""
-    model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        return model.generate(**inputs(model), max_new_tokens=5, do_sample=False, **options)
 
 
 @every_config
@@ -295,7 +215,7 @@ def test_half_precision_loses_no_more_than_the_definition_does(config, dtype):
     quantize_(model, config)
     plain = defined(model)
     for module in plain.modules():
-        if isinstance(module, Definition):
+        if isinstance(module, DefinedLinear):
             module.to(dtype)
     with torch.no_grad():
         y = model(**inputs(model)).logits

@@ -15,9 +15,9 @@ from torchao.quantization import quantize_
 
 import w4tensor
 import w4tensor.hf
+from tests.hf.models import assert_same_model
 from w4tensor import W4ActQuantConfig, W4CoalescedConfig
 from w4tensor.errors import Unsupported
-from w4tensor.tensors.packed import PackedInt4
 
 CONFIGS = [
     pytest.param(W4CoalescedConfig(), id="w4a16"),
@@ -25,7 +25,6 @@ CONFIGS = [
     pytest.param(W4ActQuantConfig(act_group_size=64, algorithm="min_max"), id="w4a8"),
 ]
 every_config = pytest.mark.parametrize("config", CONFIGS)
-TOKENS = torch.arange(3, 27).reshape(2, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -45,32 +44,6 @@ def llama(tied: bool = False) -> hf.LlamaForCausalLM:
         tie_word_embeddings=tied,
     )
     return hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def assert_same_model(model, other) -> int:
-    """The same parameters, bits and logits; how many of them are int4."""
-    parameters, others = dict(model.named_parameters()), dict(other.named_parameters())
-    assert parameters.keys() == others.keys()
-    int4 = 0
-    for name, parameter in parameters.items():
-        if isinstance(parameter, PackedInt4):
-            (fields, described), (_, other_described) = (
-                p.data.__tensor_flatten__() for p in (parameter, others[name])
-            )
-            assert type(parameter.data) is type(others[name].data) and described == other_described
-            for field in fields:
-                assert torch.equal(getattr(parameter, field), getattr(others[name], field)), name
-            int4 += 1
-        else:
-            assert type(others[name].data) is torch.Tensor, name
-            assert torch.equal(parameter, others[name]), name
-    assert torch.equal(logits(model), logits(other))
-    return int4
 
 
 @every_config
