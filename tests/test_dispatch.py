@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w4tensor import dispatch, dispatch_act_quant
+from w4tensor import dispatch, dispatch_act_quant, dispatch_hopper
 from w4tensor.dispatch import (
     Arch,
     DecodePlan,
@@ -17,6 +19,7 @@ from w4tensor.dispatch import (
     plan,
 )
 from w4tensor.dispatch_act_quant import ActQuantDecodePlan, ActQuantDp4aPlan, ActQuantPlan
+from w4tensor.dispatch_hopper import TILES, HopperPlan, predicted_us
 from w4tensor.errors import Unsupported
 from w4tensor.testing import DENSE_SHAPES
 
@@ -54,7 +57,7 @@ def test_every_legal_problem_has_a_plan_that_its_kernel_can_take(problem, arch):
         assert not isinstance(p, ActQuantDecodePlan) or problem.m <= p.block_m
         assert not isinstance(p, ActQuantDp4aPlan) or problem.m <= p.tokens
         return
-    assert isinstance(p, (DecodePlan, GemmPlan, DequantPlan))
+    assert isinstance(p, (DecodePlan, GemmPlan, HopperPlan, DequantPlan))
     if isinstance(p, DecodePlan):
         assert problem.m <= p.block_m
         # what kernels/decode.py asserts: groups do not straddle steps
@@ -65,6 +68,14 @@ def test_every_legal_problem_has_a_plan_that_its_kernel_can_take(problem, arch):
         # a warp of the operand takes 16 rows
         assert p.block_n % (16 * p.num_warps) == 0
         assert p.split_k == 1 or problem.k >= 128 * p.split_k
+    elif isinstance(p, HopperPlan):
+        assert arch.capability[0] == 9
+        # what the tensor memory accelerator reads, and scales that words have one of
+        assert problem.batch == 1 and problem.k % 8 == 0 and problem.group_size != 16
+        assert p.split_k == 1 or problem.k >= 128 * p.split_k
+        sums = (p.split_k - 1) * p.block_m * p.block_n * 4
+        tiles = -(-problem.n // p.block_n) * -(-problem.m // p.block_m)
+        assert tiles * sums <= dispatch_hopper.WORKSPACE_BYTES
     else:
         assert p.rows % 256 == 0 or p.rows == problem.n
         assert problem.batch == 1
@@ -89,12 +100,12 @@ def test_regimes_change_where_dispatch_says(shape):
         group = 32 if act == "int8" else None
         return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
 
-    border = dispatch.DECODE_MAX_M
+    small = shape.n * shape.k <= dispatch.DECODE_SMALL or shape.group_size < 128
+    border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
     assert isinstance(at(1), DecodePlan) and isinstance(at(border), DecodePlan)
-    assert isinstance(at(border + 1), GemmPlan)
-    kinds = [type(at(m)) for m in (1, 2, 3, 8, 9, 16, 17, 64, 65, 512, 1024, 4096, 8192)]
-    order = [DecodePlan, GemmPlan, DequantPlan]
-    assert [order.index(kind) for kind in kinds] == sorted(order.index(kind) for kind in kinds)
+    assert isinstance(at(border + 1), HopperPlan)
+    assert isinstance(at(dispatch.DEQUANT_FROM_M - 1), HopperPlan)
+    assert isinstance(at(dispatch.DEQUANT_FROM_M), DequantPlan)
     border = dispatch_act_quant.DECODE_MAX_M
     assert isinstance(at(border, "int8"), ActQuantDecodePlan)
     assert not isinstance(at(border + 1, "int8"), ActQuantDecodePlan)
@@ -106,8 +117,35 @@ def test_the_operand_order_follows_the_triton_release():
     assert plan(problem, Arch((9, 0), 132, (3, 7))).kwidth == 4
     assert plan(problem, Arch((9, 0), 132, (3, 8))).kwidth == 2
     # wgmma wants its own order in every release
-    assert plan(Problem(64, 4096, 4096, 128, "bf16"), H200).kwidth == 2
+    assert plan(Problem(64, 4096, 4096, 16, "bf16"), H200).kwidth == 2
     assert plan(Problem(64, 4096, 4096, 128, "bf16"), A100).kwidth == 4
+
+
+@given(st.integers(1, 300_000), st.integers(1, 200), st.integers(3, 8191))
+def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
+    problem = Problem(m, n, 128 * blocks, 128, "bf16")
+    p = dispatch_hopper.plan_hopper(problem, H200)
+    chosen = next(
+        tile
+        for tile in TILES
+        if (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
+        == (p.block_m, p.block_n, p.num_warps, p.num_stages)
+    )
+    us = predicted_us(problem, chosen, p.split_k, 132)
+    fits = [tile for tile in TILES if tile.block_m < 2 * max(m, 8)]
+    assert us <= min(predicted_us(problem, tile, 1, 132) for tile in fits)
+
+
+def test_predicted_time_grows_with_each_size():
+    def us(m: int, n: int, k: int) -> float:
+        problem = Problem(m, n, k, 128, "bf16")
+        return min(predicted_us(problem, tile, 1, 132) for tile in TILES)
+
+    sizes = (128, 512, 2048, 8192)
+    for m, n, k in itertools.product(sizes, sizes, sizes):
+        assert us(m, n, k) <= us(2 * m, n, k)
+        assert us(m, n, k) <= us(m, 2 * n, k)
+        assert us(m, n, k) < us(m, n, 2 * k)
 
 
 def test_a_device_without_kernels_runs_the_reference():
@@ -116,6 +154,7 @@ def test_a_device_without_kernels_runs_the_reference():
 
 def test_the_workspace_stays_within_its_bytes():
     for shape in DENSE_SHAPES:
-        p = plan(Problem(8192, shape.n, shape.k, shape.group_size, "bf16"), H200)
-        if isinstance(p, DequantPlan) and p.rows > 256:
+        p = plan(Problem(dispatch.DEQUANT_FROM_M, shape.n, shape.k, shape.group_size, "bf16"), H200)
+        assert isinstance(p, DequantPlan)
+        if p.rows > 256:
             assert p.rows * shape.k * 2 <= dispatch.WORKSPACE_BYTES

@@ -17,10 +17,11 @@ PACKAGE = Path(w4tensor.__file__).parent
 ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
-    # dispatch.plan hands int8 problems on, inside the function
-    "dispatch": {"errors", "dispatch_act_quant"},
+    # dispatch.plan hands problems on, inside the function
+    "dispatch": {"errors", "dispatch_act_quant", "dispatch_hopper"},
     "dispatch_act_quant": {"dispatch", "errors"},
     "dispatch_experts": {"dispatch", "errors"},
+    "dispatch_hopper": {"dispatch"},
     "tables": set(),
     "quantize": {"layout", "errors"},
     "convert": {"layout", "errors"},
@@ -33,6 +34,7 @@ ALLOWED = {
         "dispatch",
         "dispatch_act_quant",
         "dispatch_experts",
+        "dispatch_hopper",
         "arch",
         "reference",
         "layout",
@@ -52,6 +54,7 @@ BANNED = {
     "dispatch": {"torch", "triton"},
     "dispatch_act_quant": {"torch", "triton"},
     "dispatch_experts": {"torch", "triton"},
+    "dispatch_hopper": {"torch", "triton"},
     "errors": {"torch", "triton"},
     "layout": {"triton"},
     "quantize": {"triton"},

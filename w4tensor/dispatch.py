@@ -14,6 +14,7 @@ from w4tensor.errors import Unsupported
 
 if TYPE_CHECKING:
     from w4tensor.dispatch_act_quant import ActQuantPlan
+    from w4tensor.dispatch_hopper import HopperPlan
 
 __all__ = [
     "Arch",
@@ -29,10 +30,20 @@ __all__ = [
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
 # x (28672 x 4096: 20.1 and 22.2 us for 1 and 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
+# for small matrices, and for scales that cost a tile more: up to here (2048 x 4096: 4.8 us for 4
+# tokens against 6.1; 5376 x 8192, group 32: 15.2 against 16.8)
+DECODE_SMALL_MAX_M = 4
+DECODE_SMALL = 1 << 24
+# beyond this K, programs of the next launch that start early cost more than they save
+DECODE_PDL_MAX_K = 8192
 # rows, and their length, up to which a decode program takes 8 of them instead of 16
 DECODE_NARROW_N = 4096
 DECODE_NARROW_K = 8192
 WARPS_PER_SM = 12
+# from here on dequantising costs less than the tiles lose to cuBLAS: the tiles of dispatch_hopper.py,
+# and those of this file
+DEQUANT_FROM_M = 8192
+DEQUANT_FROM_M_ELSE = 1024
 # half of a Hopper's L2
 WORKSPACE_BYTES = 32 << 20
 # bf16 tensor cores, cp.async
@@ -167,7 +178,7 @@ class ReferencePlan:
 Plan = DecodePlan | GemmPlan | DequantPlan | ReferencePlan
 
 
-def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
+def plan(problem: Problem, arch: Arch) -> Plan | HopperPlan | ActQuantPlan:
     """The plan for `problem` on `arch`; there is one for every legal problem.
 
     Raises:
@@ -179,6 +190,7 @@ def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
     """
     # below, because it builds on this file
     from w4tensor.dispatch_act_quant import plan_act_quant
+    from w4tensor.dispatch_hopper import plan_hopper, serves
 
     p = problem
     if min(p.m, p.n, p.k, p.batch, p.group_size) < 1:
@@ -189,11 +201,12 @@ def plan(problem: Problem, arch: Arch) -> Plan | ActQuantPlan:
         return ReferencePlan()
     if p.act == "int8":
         return plan_act_quant(p, arch)
-    if p.batch == 1 and p.m >= _dequant_from_m(p):
+    tiled = serves(p, arch)
+    if p.batch == 1 and p.m >= (DEQUANT_FROM_M if tiled else DEQUANT_FROM_M_ELSE):
         return DequantPlan(rows=workspace_rows(p))
-    if p.m <= DECODE_MAX_M:
+    if p.m <= (_decode_max_m(p) if tiled else DECODE_MAX_M):
         return _decode_plan(p, arch)
-    return _gemm_plan(p, arch)
+    return plan_hopper(p, arch) if tiled else _gemm_plan(p, arch)
 
 
 def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
@@ -223,12 +236,13 @@ def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
         kwidth=2 if arch.triton >= KWIDTH_2_EVERYWHERE else 4,
         x_ahead=True,
         evict="evict_first",
+        pdl=arch.capability[0] >= HOPPER and p.k <= DECODE_PDL_MAX_K,
     )
 
 
-def _dequant_from_m(p: Problem) -> int:
-    """Where dequantising costs less than the tiles lose to cuBLAS: measured at 2**24 and 2**27."""
-    return 1024 if p.n * p.k >= 1 << 26 else 2048
+def _decode_max_m(p: Problem) -> int:
+    small = p.n * p.k <= DECODE_SMALL or p.group_size < 128
+    return DECODE_SMALL_MAX_M if small else DECODE_MAX_M
 
 
 def workspace_rows(p: Problem) -> int:

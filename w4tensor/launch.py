@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from w4tensor import arch, dispatch, moe, reference
-from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem
+from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem, ReferencePlan
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
     ActQuantDp4aPlan,
@@ -23,6 +23,7 @@ from w4tensor.dispatch_experts import (
     plan_gathered,
     plan_grouped,
 )
+from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
@@ -30,6 +31,7 @@ from w4tensor.kernels.act_quant_gemm import act_quant_gemm
 from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
+from w4tensor.kernels.gemm_hopper import aligned_rows, gemm_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
@@ -101,17 +103,33 @@ def coalesced_linear(
     # slices along K are strided; kernels read whole rows
     qdata, scale = qdata.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    if isinstance(plan, DecodePlan):
-        decode(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
-    elif isinstance(plan, GemmPlan):
-        gemm(x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size, plan)
-    elif isinstance(plan, DequantPlan):
-        weight = (qdata, scale, zero_point, group_size)
-        _by_blocks(dequantize, x3[0], *weight, bias, y.view(m, n), plan.rows)
-    else:
+    if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
-        y.copy_(reference.linear(x, w, bias))
+        return y.copy_(reference.linear(x, w, bias))
+    run_coalesced(plan, x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size)
     return y
+
+
+def run_coalesced(
+    plan: DecodePlan | GemmPlan | HopperPlan | DequantPlan,
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    group_size: int,
+) -> None:
+    """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *]."""
+    weight = qdata, scale, zero_point
+    if isinstance(plan, DecodePlan):
+        decode(x, *weight, bias, y, group_size, plan)
+    elif isinstance(plan, GemmPlan):
+        gemm(x, *weight, bias, y, group_size, plan)
+    elif isinstance(plan, HopperPlan):
+        gemm_hopper(aligned_rows(x[0]), *weight, bias, y[0], group_size, plan)
+    else:
+        _by_blocks(dequantize, x[0], *weight, group_size, bias, y[0], plan.rows)
 
 
 def _by_blocks(
