@@ -276,7 +276,8 @@ def _gemm_hopper_kernel(
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    FAST: gl.constexpr = DTYPE == gl.bfloat16 and zero_ptr is None
+    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
+    FAST: gl.constexpr = DTYPE == gl.bfloat16 and SCALE == gl.bfloat16 and zero_ptr is None
     WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)

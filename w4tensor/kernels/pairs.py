@@ -274,8 +274,8 @@ def _pairs_kernel(
             bias = tl.load(bias_ptr + expert * N + n, mask=ok & (c % SLICES == 0), other=0.0)
             part += bias.to(tl.float32)[:, :, None]
         if weight_ptr is not None:
-            at = item * TOP_K + slot
-            weight = tl.load(weight_ptr + at, mask=slot < TOP_K, other=0.0).to(tl.float32)
+            pair = item * TOP_K + slot
+            weight = tl.load(weight_ptr + pair, mask=slot < TOP_K, other=0.0).to(tl.float32)
             part *= weight[:, :, None]
         acc += part
 
