@@ -25,7 +25,9 @@ __all__ = [
     "ExpertsPlan",
     "ExpertsProblem",
     "GroupedPlan",
+    "HopperGroupedPlan",
     "PairsPlan",
+    "RowsPlan",
     "plan_experts",
     "plan_gathered",
     "plan_grouped",
@@ -34,7 +36,7 @@ __all__ = [
 
 BLOCK_K = 128
 # pairs for each expert that they hit, on average, above which they are sorted
-REREADS = 1.3
+REREADS = 1.15
 # pairs above which they are sorted in any case
 PAIRS_MAX = 256
 # warps of a program of the pairs path
@@ -43,6 +45,17 @@ PAIRS_WARPS = 8
 INT8_ROWS = 16
 # mean rows of an expert that is hit -> tokens of a tile
 ROWS_OF_TILE = ((4.0, 8), (9.0, 16), (24.0, 32), (96.0, 64))
+
+
+# the same for kernels/grouped_hopper.py -> tokens, rows of W, warps and stages of a tile
+HOPPER_ROWS = (
+    (6.0, (8, 128, 4, 4)),
+    (12.0, (16, 128, 4, 4)),
+    (28.0, (32, 128, 4, 4)),
+    (56.0, (64, 128, 4, 4)),
+    (192.0, (128, 128, 8, 3)),
+)
+HOPPER_MANY_ROWS = (256, 128, 8, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,21 @@ class GroupedPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperGroupedPlan:
+    """One launch of kernels/grouped_hopper.py, on sorted rows; fields as in GroupedPlan."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pdl: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"grouped {self.block_m}x{self.block_n}"
+
+
+@dataclass(frozen=True, slots=True)
 class ActQuantGroupedPlan:
     """One launch of kernels/act_quant_grouped.py; fields as in GroupedPlan."""
 
@@ -137,6 +165,10 @@ class ActQuantGroupedPlan:
         return f"int8 grouped {self.block_m}x{self.block_n}"
 
 
+# of sorted rows
+RowsPlan = GroupedPlan | HopperGroupedPlan | ActQuantGroupedPlan
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
     """Both products of a block: pairs and pairs, grouped and pairs, or grouped and grouped.
@@ -144,8 +176,8 @@ class ExpertsPlan:
     Two grouped ones share block_m, as they share the list of tiles.
     """
 
-    first: PairsPlan | GroupedPlan | ActQuantGroupedPlan
-    second: PairsPlan | GroupedPlan | ActQuantGroupedPlan
+    first: PairsPlan | RowsPlan
+    second: PairsPlan | RowsPlan
 
     @property
     def name(self) -> str:
@@ -158,7 +190,7 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> qwen = ExpertsProblem(1, 8, experts=256, hidden=2048, inter=512, group_size=128)
     >>> plan_experts(qwen, h200).second.slots
-    8
+    4
     """
     p = problem
     if min(p.tokens, p.top_k, p.experts, p.hidden, p.inter, p.group_size) < 1:
@@ -167,21 +199,24 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
         return None
     if p.few_pairs:
         return ExpertsPlan(
-            first=plan_pairs(1, p.hidden, arch),
-            second=plan_pairs(p.top_k, p.inter, arch),
+            first=plan_pairs(1, p.hidden, arch, "first"),
+            second=plan_pairs(p.top_k, p.inter, arch, "second"),
         )
-    tile = _plan_grouped(p.rows_an_expert, p.group_size, arch, p.act_group_size)
+    sizes = p.group_size, p.hidden, p.inter
+    tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
     return ExpertsPlan(first=tile, second=tile)
 
 
-def plan_pairs(top_k: int, k: int, arch: Arch) -> PairsPlan:
-    """A pairs product that sums `top_k` slots, each over `k`.
+def plan_pairs(
+    top_k: int, k: int, arch: Arch, product: Literal["none", "first", "second"] = "none"
+) -> PairsPlan:
+    """A pairs product that sums `top_k` slots, each over `k`, as one of a block's or by itself.
 
     Slots side by side that leave the fewest idle, where a round counts as one slot; of four to
     eight warps, those that read the fewest blocks of K, where a step counts as one block.
     """
     blocks_of_k = -(-k // BLOCK_K)
-    slots = min((s for s in (8, 4, 2, 1) if s <= top_k), key=lambda s: -(-top_k // s) * (s + 1))
+    slots = min((s for s in (4, 2, 1) if s <= top_k), key=lambda s: -(-top_k // s) * (s + 1))
 
     def cost(tile: tuple[int, int]) -> tuple[int, int]:
         slices, blocks = tile
@@ -190,38 +225,52 @@ def plan_pairs(top_k: int, k: int, arch: Arch) -> PairsPlan:
 
     warps = [s for s in (1, 2, 4, 8) if PAIRS_WARPS // 2 <= slots * s <= PAIRS_WARPS]
     slices, blocks = min(((s, b) for s in warps for b in (4, 2, 1)), key=cost)
+    # where a step is not all of K, two tiles of two blocks are as many loads and half the x
+    tiles = 1
+    if slots == 1 and blocks_of_k >= 8:
+        slices, blocks, tiles = 4, 2, 2
     return PairsPlan(
         slots=slots,
         slices=slices,
-        tiles=1,
+        tiles=tiles,
         blocks=blocks,
         kwidth=2 if arch.triton >= KWIDTH_2_EVERYWHERE else 4,
-        prefetch=blocks * slices < blocks_of_k,
+        pdl=product if arch.capability[0] >= HOPPER else "none",
     )
 
 
 def plan_grouped(
-    rows: int, experts: int, group_size: int, arch: Arch, act_group_size: int | None = None
-) -> GroupedPlan | ActQuantGroupedPlan:
-    """Tiles for `rows` rows that are spread over `experts`."""
+    rows: int, experts: int, k: int, group_size: int, arch: Arch, act_group_size: int | None = None
+) -> RowsPlan:
+    """Tiles for `rows` rows [rows, k] that are spread over `experts`."""
     hit = experts * (1 - (1 - 1 / experts) ** rows)
-    return _plan_grouped(rows / max(hit, 1.0), group_size, arch, act_group_size)
+    return _plan_grouped(rows / max(hit, 1.0), group_size, k, k, arch, act_group_size)
 
 
 def plan_gathered(
     rows: int, experts: int, k: int, group_size: int, arch: Arch, act_group_size: int | None = None
-) -> PairsPlan | GroupedPlan | ActQuantGroupedPlan:
+) -> PairsPlan | RowsPlan:
     """One product of `rows` rows, each with an expert of its own choice."""
     problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
     if problem.few_pairs:
         return plan_pairs(1, k, arch)
-    return _plan_grouped(problem.rows_an_expert, group_size, arch, act_group_size)
+    return _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
 
 
 def _plan_grouped(
-    mean_rows: float, group_size: int, arch: Arch, act_group_size: int | None
-) -> GroupedPlan | ActQuantGroupedPlan:
+    mean_rows: float,
+    group_size: int,
+    k_first: int,
+    k_second: int,
+    arch: Arch,
+    act_group_size: int | None,
+) -> RowsPlan:
     hopper = arch.capability[0] == HOPPER
+    # what the tensor memory accelerator reads, and scales that words have one of
+    aligned = k_first % 8 == 0 and k_second % 8 == 0 and group_size != 16
+    if hopper and act_group_size is None and aligned:
+        tile = next((tile for most, tile in HOPPER_ROWS if mean_rows <= most), HOPPER_MANY_ROWS)
+        return HopperGroupedPlan(*tile)
     block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)
     # wgmma, and every mma from some release on, takes k in its own order
     natural = (hopper and block_m >= 16) or arch.triton >= KWIDTH_2_EVERYWHERE

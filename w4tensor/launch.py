@@ -177,7 +177,7 @@ def grouped_linear(
     target = arch.current(x.device.index)
     assert target is not None, "a CUDA tensor without CUDA"
     stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
-    plan = plan_grouped(x.shape[0], qdata.shape[0], group_size, target, act_group_size)
+    plan = plan_grouped(x.shape[0], qdata.shape[0], x.shape[1], group_size, target, act_group_size)
     return moe.grouped_linear(x, offs, stack, plan)
 
 

@@ -20,10 +20,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from w4tensor.dispatch_experts import ActQuantGroupedPlan, ExpertsPlan, GroupedPlan, PairsPlan
+from w4tensor.dispatch_experts import (
+    ExpertsPlan,
+    GroupedPlan,
+    HopperGroupedPlan,
+    PairsPlan,
+    RowsPlan,
+)
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
 from w4tensor.kernels.grouped import multiply_grouped
+from w4tensor.kernels.grouped_hopper import gather_rows, multiply_grouped_hopper
 from w4tensor.kernels.pairs import multiply_pairs
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.kernels.routing import route, tiles_of
@@ -56,19 +63,26 @@ class Stack(NamedTuple):
     act_group_size: int | None = None
 
 
+class Rows(NamedTuple):
+    """Pairs sorted by expert, as kernels/routing.py makes them; order is None for rows as given."""
+
+    order: Tensor | None
+    offs: Tensor
+    tiles: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """What both products of a block share.
 
     Fields:
         ids, weight: [T, top_k], contiguous.
-        order, tiles: as kernels/routing.py makes them; None on the pairs path.
+        rows: None on the pairs path.
     """
 
     ids: Tensor
     weight: Tensor
-    order: Tensor | None
-    tiles: Tensor | None
+    rows: Rows | None
 
 
 def experts(
@@ -112,12 +126,12 @@ def first_product(
     h = torch.empty(tokens * top_k, n if gate == "none" else n // 2, dtype=dtype, device=x.device)
     if isinstance(plan.first, PairsPlan):
         _pairs(x, ids.view(-1, 1), gate_up, h, plan.first, x_div=top_k, gate=gate, act=act)
-        return h, Routing(ids, weight, None, None)
-    order, _, tiles = route(ids, n_experts, plan.first.block_m, plan.first.pdl)
+        return h, Routing(ids, weight, None)
+    rows = Rows(*route(ids, n_experts, plan.first.block_m, plan.first.pdl))
     scatter = isinstance(plan.second, PairsPlan)
-    fused = dict(x_div=top_k, scatter=scatter, gate=gate, act=act)
-    _grouped(x, order, tiles, gate_up, h, plan.first, **fused)
-    return h, Routing(ids, weight, order, tiles)
+    fused = dict(scatter=scatter, gate=gate, act=act)
+    _grouped(x, rows, gate_up, h, plan.first, x_div=top_k, **fused)
+    return h, Routing(ids, weight, rows)
 
 
 def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) -> Tensor:
@@ -127,36 +141,32 @@ def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) 
     y = torch.empty(tokens, n, dtype=h.dtype, device=h.device)
     if isinstance(plan.second, PairsPlan):
         return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
-    assert routing.tiles is not None and not isinstance(plan.first, PairsPlan)
+    assert routing.rows is not None and not isinstance(plan.first, PairsPlan)
     assert plan.second.block_m == plan.first.block_m, "the tiles are those of the first product"
     pairs = torch.empty(tokens * top_k, n, dtype=h.dtype, device=h.device)
-    _grouped(h, routing.order, routing.tiles, down, pairs, plan.second, scatter=True)
+    _grouped(h, routing.rows, down, pairs, plan.second, scatter=True)
     return combine(pairs, routing.ids, routing.weight, y, n_experts, plan.second.pdl)
 
 
-def grouped_linear(
-    x: Tensor, offs: Tensor, stack: Stack, plan: GroupedPlan | ActQuantGroupedPlan
-) -> Tensor:
+def grouped_linear(x: Tensor, offs: Tensor, stack: Stack, plan: RowsPlan) -> Tensor:
     """torch._grouped_mm: x [T, K] sorted by expert, offs int32 [E] where each ends -> [T, N].
 
     Rows from offs[-1] on are zero.
     """
     y = torch.empty(x.shape[0], stack.scale.shape[1], dtype=x.dtype, device=x.device)
-    tiles = tiles_of(offs, x.shape[0], plan.block_m)
-    return _grouped(x, None, tiles, stack, y, plan)
+    rows = Rows(None, offs, tiles_of(offs, x.shape[0], plan.block_m))
+    return _grouped(x, rows, stack, y, plan)
 
 
-def gathered_linear(
-    x: Tensor, ids: Tensor, stack: Stack, plan: PairsPlan | GroupedPlan | ActQuantGroupedPlan
-) -> Tensor:
+def gathered_linear(x: Tensor, ids: Tensor, stack: Stack, plan: PairsPlan | RowsPlan) -> Tensor:
     """x [S, K] and ids [S] -> W[ids[s]] @ x[s], [S, N], without copying W; sentinels give zeros."""
     n_experts, n = stack.scale.shape[:2]
     ids = ids.contiguous()
     y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if isinstance(plan, PairsPlan):
         return _pairs(x, ids.view(-1, 1), stack, y, plan)
-    order, _, tiles = route(ids, n_experts, plan.block_m)
-    return _grouped(x, order, tiles, stack, y.zero_(), plan, x_div=1, scatter=True)
+    rows = Rows(*route(ids, n_experts, plan.block_m))
+    return _grouped(x, rows, stack, y.zero_(), plan, x_div=1, scatter=True)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -180,14 +190,24 @@ def _pairs(
 
 def _grouped(
     x: Tensor,
-    order: Tensor | None,
-    tiles: Tensor,
+    rows: Rows,
     stack: Stack,
     y: Tensor,
-    plan: GroupedPlan | ActQuantGroupedPlan,
+    plan: RowsPlan,
+    x_div: int = 0,
     **fused: Any,
 ) -> Tensor:
+    order, offs, tiles = rows
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
+    if isinstance(plan, HopperGroupedPlan):
+        x = _sixteen_bit(x, stack)
+        if x_div > 0:
+            assert order is not None, "rows as given are where they should be"
+            x = gather_rows(x, order, offs, x_div, plan.pdl)
+        return multiply_grouped_hopper(
+            x, order, tiles, *weights, y, stack.group_size, plan, **fused
+        )
+    fused["x_div"] = x_div
     if isinstance(plan, GroupedPlan):
         x = _sixteen_bit(x, stack)
         return multiply_grouped(x, order, tiles, *weights, y, stack.group_size, plan, **fused)

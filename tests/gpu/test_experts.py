@@ -409,7 +409,7 @@ def test_integers_are_exact(act_group_size):
     target = arch.current()
     for plan in (
         plan_pairs(1, 320, target),
-        *(plan_grouped(70 * m, 70, 64, target, act_group_size) for m in (1, 8, 20, 60, 200)),
+        *(plan_grouped(70 * m, 70, 320, 64, target, act_group_size) for m in (1, 8, 20, 60, 200)),
     ):
         y = moe.gathered_linear(x, ids, stack, plan)
         assert torch.equal(y, exact.to(y.dtype)), plan
@@ -423,7 +423,7 @@ def test_grouped_linear_is_grouped_mm(blocks, rows, act_group_size):
     g = torch.Generator("cuda").manual_seed(rows)
     ends = torch.randint(0, rows + 1, (64,), device="cuda", generator=g).sort().values
     x = torch.randn(rows, 2048, device="cuda", generator=g).bfloat16()
-    plan = plan_grouped(rows, 64, 128, arch.current(), act_group_size)
+    plan = plan_grouped(rows, 64, 2048, 128, arch.current(), act_group_size)
     y = moe.grouped_linear(x, ends.int(), stack, plan)
     expert = torch.searchsorted(ends, torch.arange(rows, device="cuda"), right=True)
     x_hat = rounded(x, act_group_size).double()
