@@ -14,6 +14,9 @@ and that of the last slice adds them, in order: two runs give the same bits. A s
 announced by a flag that gets this launch's token, so that the flags need no zeros to begin with;
 who has seen a flag clears it. Programs wait only for programs that were started before them.
 
+Gluon is young: the kernel was written and run with Triton 3.6, and lowers alike with 3.7, 3.8 and
+3.9, which renamed things.
+
 Scales of bf16 weights without zero points must be below 2**30: codes enter the multiplication as
 subnormal numbers, whose unit goes into the scale.
 """
@@ -43,6 +46,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from w4tensor.dispatch_hopper import HopperPlan
+
+# 3.7 renamed the first, 3.8 the others
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 # a word $8, and pairs of scale * 2**97 and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once.
 # Each nibble, brought to bits 4..7 of its 16, is the subnormal q * 2**-129.
@@ -118,13 +126,13 @@ def _expect(x_desc, w_desc, full, stage, ok):
 @gluon.jit
 def _fetch_words(w_desc, ws, full, stage, n0, step, ok):
     at = [n0, step * 16]
-    tma.async_copy_global_to_shared(w_desc, at, full.index(stage), ws.index(stage), pred=ok)
+    _load(w_desc, at, full.index(stage), ws.index(stage), pred=ok)
 
 
 @gluon.jit
 def _fetch_x(x_desc, xs, full, stage, m0, step, ok):
     at = [m0, step * 128]
-    tma.async_copy_global_to_shared(x_desc, at, full.index(stage), xs.index(stage), pred=ok)
+    _load(x_desc, at, full.index(stage), xs.index(stage), pred=ok)
 
 
 @gluon.jit
@@ -276,8 +284,9 @@ def _gemm_hopper_kernel(
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
-    FAST: gl.constexpr = DTYPE == gl.bfloat16 and SCALE == gl.bfloat16 and zero_ptr is None
+    # an fp32 x is bf16 here, beside scales that are not
+    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
+    FAST: gl.constexpr = BF16 and zero_ptr is None
     WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -296,7 +305,7 @@ def _gemm_hopper_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     for s in gl.static_range(STAGES):
         ok = begin + s < end
         _expect(x_desc, w_desc, full, s, ok)
@@ -349,7 +358,7 @@ def _gemm_hopper_kernel(
         z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
         acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
         acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
-        gl.thread_barrier()
+        _barrier()
         at = step - 1 + STAGES
         _expect(x_desc, w_desc, full, done, at < end)
         _fetch_words(w_desc, ws, full, done, n0, at, at < end)
@@ -366,7 +375,7 @@ def _gemm_hopper_kernel(
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
             gl.store(parts + k_slice * TILE + _inside(acc, 0, BLOCK_M), acc)
-            gl.thread_barrier()
+            _barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
         else:
             for other in range(others):
@@ -392,12 +401,12 @@ def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N, FAST: gl.constexpr):
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
         acc += bias.expand_dims(1)
     if y_desc is not None:
-        ys = xs._reinterpret(y_desc.dtype, [BLOCK_M, BLOCK_N], y_desc.layout)
-        gl.thread_barrier()
+        ys = xs.index(0).slice(0, BLOCK_N, 1)
+        _barrier()
         ys.permute((1, 0)).store(acc.to(y_desc.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_desc, [m0, n0], ys)
+        _barrier()
+        _store(y_desc, [m0, n0], ys)
         tma.store_wait(0)
     else:
         m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc.type.layout))

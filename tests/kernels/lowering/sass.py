@@ -1,4 +1,4 @@
-"""Compile a @triton.jit kernel for a GPU that need not be there, and read facts off its SASS.
+"""Compile a Triton or Gluon kernel for a GPU that need not be there, and read facts off its SASS.
 
     code = lower(kernel, {"x_ptr": "*bf16", "M": "i32"}, {"BLOCK_M": 16}, num_warps=4)
     assert code.stack == 0 and code.count("STS") == 0
@@ -21,6 +21,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -37,6 +38,7 @@ class Lowered:
         shared: bytes per program.
         threads: per program.
         text: the whole SASS listing.
+        ptx: what the assembler was given.
     """
 
     opcodes: Counter[str]
@@ -45,6 +47,7 @@ class Lowered:
     shared: int
     threads: int
     text: str
+    ptx: str
 
     @property
     def instructions(self) -> int:
@@ -91,7 +94,8 @@ def lower(
     """Compile `kernel` for compute capability `capability` and read its machine code.
 
     Args:
-        signature: type of each argument that is no constant: `*bf16`, `*i32`, `i32`, ...
+        signature: type of each argument that is no constant: `*bf16`, `*i32`, `i32`, ..., and
+            `tensordesc<bf16[64, 128]>`, which in Gluon names its layout too.
         constants: constexpr arguments, and arguments specialised to a value (None, 1).
         unaligned: arguments not known to be multiples of 16, as pointers and strides mostly are.
         options: further launch options, such as maxnreg.
@@ -102,7 +106,8 @@ def lower(
         for i, name in enumerate(kernel.arg_names)
         if name not in constants and name not in unaligned
     }
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     built = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
@@ -111,8 +116,8 @@ def lower(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
-        text = _cuobjdump("-sass", cubin.name)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("-res-usage", cubin.name))
+        text = _run("cuobjdump", "-sass", cubin.name)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "-res-usage", cubin.name))
     assert usage is not None, "cuobjdump printed no resource usage"
     # 3.8 and later name the launched warps apart, as warp specialisation adds some
     warps = getattr(built.metadata, "num_warps", num_warps)
@@ -123,11 +128,23 @@ def lower(
         shared=built.metadata.shared,
         threads=32 * warps,
         text=text,
+        ptx=built.asm["ptx"],
     )
 
 
-def _cuobjdump(flag: str, path: str) -> str:
-    done = subprocess.run([_BIN / "cuobjdump", flag, path], capture_output=True, text=True)
+def messages(code: Lowered) -> str:
+    """What ptxas has to say about the kernel: its `-v` output."""
+    # sm_90a and the like, which wgmma needs
+    target = re.search(r"^\.target (\w+)", code.ptx, re.MULTILINE)
+    assert target is not None, "PTX without a target"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(code.ptx)
+        ptx.flush()
+        return _run("ptxas", "-v", f"--gpu-name={target[1]}", ptx.name, "-o", "/dev/null")
+
+
+def _run(tool: str, *args: str) -> str:
+    done = subprocess.run([_BIN / tool, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
