@@ -47,8 +47,8 @@ INT8_ROWS = 16
 ROWS_OF_TILE = ((4.0, 8), (9.0, 16), (24.0, 32), (96.0, 64))
 
 
-# the same for kernels/grouped_hopper.py -> tokens, rows of W, warps and stages of a tile: the best on
-# an H200 at 1.3 to 128 rows; wide tiles lose more to experts that end within one than they save
+# the same for kernels/grouped_hopper.py -> tokens, rows of W, warps and stages of a tile: the best
+# on an H200 at 1.3 to 128 rows; wide tiles lose more to experts that end within one than they save
 HOPPER_ROWS = (
     (6.0, (8, 128, 4, 4)),
     (12.0, (16, 128, 4, 4)),

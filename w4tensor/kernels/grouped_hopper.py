@@ -23,7 +23,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,10 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.gemm_hopper import (
     BF16_UNIT,
+    _barrier,
     _descriptor,
     _groups,
     _halves,
     _layout_of_words,
+    _load,
     _operand,
     _prepare,
     _x_half,
@@ -157,17 +158,17 @@ def _fetch_words(w_desc, ws, full, stage, row, N, step, ok, GATE: gl.constexpr):
     if GATE == "halves":
         gate = words.slice(0, HALF, 0)
         up = words.slice(HALF, HALF, 0)
-        tma.async_copy_global_to_shared(w_desc, [row, step * 16], barrier, gate, pred=ok)
+        _load(w_desc, [row, step * 16], barrier, gate, pred=ok)
         row_up = row + N // 2
-        tma.async_copy_global_to_shared(w_desc, [row_up, step * 16], barrier, up, pred=ok)
+        _load(w_desc, [row_up, step * 16], barrier, up, pred=ok)
     else:
-        tma.async_copy_global_to_shared(w_desc, [row, step * 16], barrier, words, pred=ok)
+        _load(w_desc, [row, step * 16], barrier, words, pred=ok)
 
 
 @gluon.jit
 def _fetch_x(x_desc, xs, full, stage, row, step, ok):
     at = [row, step * 128]
-    tma.async_copy_global_to_shared(x_desc, at, full.index(stage), xs.index(stage), pred=ok)
+    _load(x_desc, at, full.index(stage), xs.index(stage), pred=ok)
 
 
 @gluon.jit(do_not_specialize=["rows", "steps"])
@@ -197,8 +198,9 @@ def _grouped_hopper_kernel(
 ):
     DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
-    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
-    FAST: gl.constexpr = DTYPE == gl.bfloat16 and SCALE == gl.bfloat16 and zero_ptr is None
+    # an fp32 x is bf16 here, beside scales that are not
+    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
+    FAST: gl.constexpr = BF16 and zero_ptr is None
     WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -224,7 +226,7 @@ def _grouped_hopper_kernel(
             for s in gl.static_range(STAGES):
                 mbarrier.init(full.index(s), count=1)
             fence_async_shared()
-            gl.thread_barrier()
+            _barrier()
             for s in gl.static_range(STAGES):
                 _expect(x_desc, xs, ws, full, s, s < steps)
                 _fetch_words(w_desc, ws, full, s, w_row, N, s, s < steps, GATE)
@@ -271,7 +273,7 @@ def _grouped_hopper_kernel(
                 z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
                 acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
                 acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
-                gl.thread_barrier()
+                _barrier()
                 ahead = step - 1 + STAGES
                 _expect(x_desc, xs, ws, full, done, ahead < steps)
                 _fetch_words(w_desc, ws, full, done, w_row, N, ahead, ahead < steps, GATE)

@@ -1,0 +1,101 @@
+"""grouped_hopper.py as machine code, for a GPU that need not be there: as test_gemm_hopper.py."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import triton
+from triton.experimental.gluon import language as gl
+
+from tests.kernels.lowering.sass import Lowered, lower, messages
+from w4tensor.dispatch_experts import HOPPER_MANY_ROWS, HOPPER_ROWS, HopperGroupedPlan
+from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
+)
+
+TILES = [HopperGroupedPlan(*tile) for _, tile in HOPPER_ROWS] + [
+    HopperGroupedPlan(*HOPPER_MANY_ROWS)
+]
+DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}
+
+
+def _descriptor(block: list[int], dtype: str) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
+@functools.cache
+def _lower(
+    plan: HopperGroupedPlan,
+    gate: str = "halves",
+    act: str = "silu",
+    dtype: str = "bf16",
+    group: int = 128,
+    zero: str | None = None,
+    bias: bool = False,
+    scatter: bool = False,
+) -> Lowered:
+    fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
+    signature = {
+        "x_desc": _descriptor([plan.block_m, 128], dtype),
+        "w_desc": _descriptor([fetched, 16], "i32"),
+        "order_ptr": "*i32",
+        "tiles_ptr": "*i32",
+        "y_ptr": f"*{dtype}",
+        "scale_ptr": f"*{dtype}",
+        "zero_ptr": f"*{zero}",
+        "bias_ptr": f"*{dtype}",
+        **dict.fromkeys(("N", "E", "steps", "n_groups"), "i32"),
+    }
+    constants = {
+        "BLOCK_N": plan.block_n,
+        "SCATTER": scatter,
+        "GROUP": group,
+        "WHOLE_STEPS": True,
+        "GATE": gate,
+        "ACT": act,
+        "WARPS": plan.num_warps,
+        "STAGES": plan.num_stages,
+        "PDL": plan.pdl,
+    }
+    if zero is None:
+        constants["zero_ptr"] = None
+    if not bias:
+        constants["bias_ptr"] = None
+    unaligned = ("x_desc", "w_desc", "steps")
+    return lower(_grouped_hopper_kernel, signature, constants, plan.num_warps, unaligned=unaligned)
+
+
+def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
+    assert code.stack == 0, str(code)
+    # the output goes through shared memory, after the loop
+    assert code.matrix == {"HGMMA"} and code.count("STS", "STSM") == 0, str(code)
+    assert code.count("HGMMA") == 8 * plan.block_n // (16 * plan.num_warps), str(code)
+    serialised = re.search(r"C75\d\d.*", messages(code))
+    assert serialised is None, serialised
+    assert code.per_weight(plan.block_n * 128) <= budget, str(code)
+
+
+@pytest.mark.parametrize("plan", TILES, ids=lambda plan: plan.name)
+def test_every_tile_as_the_first_product_and_as_the_second(plan):
+    _check(_lower(plan), plan, 4.0)
+    _check(_lower(plan, gate="none", act="none", scatter=True), plan, 4.0)
+
+
+@pytest.mark.parametrize(
+    "options,budget",
+    [
+        (dict(gate="interleaved", act="clamped_swiglu", group=64, bias=True), 3.5),
+        (dict(dtype="fp16", act="gelu_tanh"), 4.5),
+        (dict(gate="none", act="relu2", group=32), 3.5),
+        (dict(zero="fp16"), 4.5),
+    ],
+    ids=str,
+)
+def test_gates_activations_groups_and_zero_points(options, budget):
+    plan = next(plan for plan in TILES if plan.block_m == 32)
+    _check(_lower(plan, **options), plan, budget)
