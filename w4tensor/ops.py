@@ -39,7 +39,7 @@ from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, Layout, check_contract
 
-__all__ = ["ACT_GROUP_SIZES", "check_act_group_size", "check_ids"]
+__all__ = ["ACT_GROUP_SIZES", "check_act_group_size", "check_ids", "cuda_linear"]
 
 ACT_GROUP_SIZES = (32, 64, 128, -1)
 
@@ -331,7 +331,8 @@ def _reference_quantize_activation(x, act_group_size):
 # with CUDA: the kernel that dispatch names
 
 
-def _cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
+def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
+    """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
     _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     _check_linear(x, qdata, bias)
     from w4tensor import launch
@@ -514,7 +515,7 @@ for _name, _backward, _save in (
         f"w4tensor::{_name}", _backward, setup_context=_save, lib=_library
     )
 
-_library.impl("linear", _cuda_linear, "CUDA")
+_library.impl("linear", cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
 _library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")
 _library.impl("gathered_linear", _cuda_gathered_linear, "CUDA")
