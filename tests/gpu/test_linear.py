@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, reference
+from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, arch, dispatch, reference
+from w4tensor.dispatch import DecodePlan, DequantPlan, Problem
+from w4tensor.dispatch_hopper import HopperPlan
 
 pytestmark = pytest.mark.gpu
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != dispatch.HOPPER,
+    reason="needs a Hopper",
+)
 
 BUDGET = {torch.bfloat16: 3e-3, torch.float16: 6e-4}
 # both sides of every border of dispatch, and odd sizes between
@@ -74,6 +80,28 @@ def check(m, n, k, group_size, zero, dtype, bias=False, seed=0):
 @pytest.mark.parametrize("m", TOKENS + MANY_TOKENS)
 def test_error_at_every_border(m, dtype):
     check(m, 512, 1024, 128, None, dtype, bias=m % 2 == 0)
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "n,k,group_size",
+    [(584, 1024, 128), (131, 2880, 32), (264, 1032, -1), (4104, 4096, 128), (77, 1028, -1)],
+)
+@pytest.mark.parametrize("zero", [None, "fractional"])
+def test_both_sides_of_every_border_that_dispatch_draws(n, k, group_size, zero):
+    group = k if group_size == -1 else group_size
+
+    def plan(m):
+        return dispatch.plan(Problem(m, n, k, group, "bf16", zero is None), arch.current(0))
+
+    tokens = range(2, dispatch.DEQUANT_FROM_M + 1)
+    borders = [m for m in tokens if plan(m) != plan(m - 1)]
+    kinds = {type(plan(m)) for m in (1, *borders)}
+    served = k % 8 == 0
+    assert {DecodePlan, DequantPlan} < kinds and (HopperPlan in kinds) is served
+    for m in borders:
+        check(m - 1, n, k, group_size, zero, torch.bfloat16)
+        check(m, n, k, group_size, zero, torch.bfloat16, bias=True)
 
 
 @pytest.mark.parametrize("zero", [None, "integer", "fractional"])
@@ -144,6 +172,18 @@ def test_bmm_with_stacked_weights(m):
     ref = x.double() @ reference.dequantize(*w.to_codes()).double().mT
     assert rel_err(torch.bmm(x, w.transpose(-2, -1)), ref) <= 3e-3
     assert rel_err(torch.bmm(w, x.mT).mT, ref) <= 3e-3
+
+
+@pytest.mark.parametrize("zero", [None, "fractional"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [2, 6, 40, 300, 8200])
+def test_fp32_x_beside_scales_of_every_dtype(m, dtype, zero):
+    q, scale, zero_point = codes(264, 640, 128, zero, dtype)
+    w = CudaCoalescedInt4Tensor.from_codes(q, scale, zero_point, group_size=128)
+    x = torch.randn(m, 640, device="cuda")
+    y = F.linear(x, w)
+    assert y.dtype == torch.float32
+    assert rel_err(y, oracle(x, w)) <= 3e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -475,7 +475,9 @@ def gemm_hopper(
 
 def aligned_rows(x: Tensor) -> Tensor:
     """x [M, K] (K a multiple of 8), or a copy that the tensor memory accelerator can read."""
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+    # rows of an expanded x are 0 apart
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
+    if apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

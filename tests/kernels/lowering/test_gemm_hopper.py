@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import triton
@@ -78,21 +79,81 @@ def _lower(
     )
 
 
-def _check(code: Lowered, tile: HopperTile, resident: int, budget: float) -> None:
+def _name(tile: HopperTile) -> str:
+    return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}"
+
+
+def _check(tile: HopperTile, dtype: str, group: int, zero: str | None, **options) -> None:
+    code = _lower(tile, dtype, group, zero, **options)
     assert code.stack == 0, str(code)
     assert code.matrix == {"HGMMA"} and code.count("STS", "STSM") == 0, str(code)
-    # of 16 k each, by every 64 rows: the loop that was read is the one that multiplies
-    warpgroups = tile.num_warps // 4
-    assert code.count("HGMMA") == 8 * tile.block_n // (64 * warpgroups), str(code)
+    # 16 k each, for every 64 rows of a warpgroup: the loop that was read is the one that multiplies
+    rows_of_a_warp = tile.block_n // tile.num_warps
+    assert code.count("HGMMA") == 8 * rows_of_a_warp // 16, str(code)
     serialised = re.search(r"C75\d\d.*", messages(code))
     assert serialised is None, serialised
-    # registers come by 8, and a kilobyte of shared memory is the driver's
+    # registers are dealt out by eights, and a kilobyte of shared memory is the driver's
     registers = -(-code.registers // 8) * 8
+    # zero points take registers, where a multiprocessor is to hold many programs: one fewer
+    resident = tile.resident if zero is None or tile.resident < 3 else tile.resident - 1
     assert resident * code.threads * registers <= REGISTERS, str(code)
     assert resident * (code.shared + 1024) <= SHARED_BYTES, str(code)
+    budget = BUDGETS[dtype, group, zero is not None][rows_of_a_warp]
     assert code.per_weight(tile.block_n * 128) <= budget, str(code)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+# instructions a weight in the main loop for warps of 16 and of 32 rows, by x, group size (0: the
+# row) and whether there are zero points
+BUDGETS = {
+    ("bf16", 128, False): {16: 3.6, 32: 2.7},
+    ("bf16", 64, False): {16: 4.0, 32: 3.1},
+    ("bf16", 32, False): {16: 4.3, 32: 3.4},
+    ("bf16", 0, False): {16: 3.3, 32: 2.5},
+    ("fp16", 128, False): {16: 4.1, 32: 3.3},
+    ("fp16", 64, False): {16: 4.7, 32: 3.8},
+    ("fp16", 32, False): {16: 5.0, 32: 4.0},
+    ("fp16", 0, False): {16: 3.8, 32: 3.1},
+}
+for dtype in ("bf16", "fp16"):
+    BUDGETS |= {
+        (dtype, 128, True): {16: 4.8, 32: 4.0},
+        (dtype, 64, True): {16: 6.1, 32: 5.2},
+        (dtype, 32, True): {16: 6.5, 32: 5.6},
+        (dtype, 0, True): {16: 4.4, 32: 3.8},
+    }
+WEIGHTS = [(dtype, group, "fp16" if zero else None) for dtype, group, zero in BUDGETS]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=_name)
 def test_every_tile(tile):
-    _check(_lower(tile), tile, tile.resident, 4.0)
+    # dispatch slices no tile of 256 tokens
+    _check(tile, "bf16", 128, None, split=tile.block_m < 256, pdl=True)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=_name)
+def test_every_tile_with_what_costs_most_registers(tile):
+    # fp32 x with a bias, K not whole steps, N of any size, and zero points in fp32
+    options = dict(y="fp32", bias=True, pdl=True, whole_steps=False)
+    _check(tile, "bf16", 32, "fp32", split=tile.block_m < 256, **options)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_all_weights(weights):
+    # warps of 16 and of 32 rows by turns, and every other pair of them stored through pointers
+    i = WEIGHTS.index(weights)
+    plain = i // 2 % 2 == 1
+    _check((TILES[10], TILES[7])[i % 2], *weights, y=weights[0] if plain else None, bias=plain)
+
+
+@pytest.mark.parametrize("scale", ["fp16", "fp32"])
+def test_scales_that_are_not_bf16_beside_an_fp32_x(scale):
+    code = _lower(TILES[7], scale=scale, y="fp32")
+    assert code.stack == 0 and code.matrix == {"HGMMA"}, str(code)
+    # bf16 scales would go straight to the weights, as bits
+    assert code.count("FMUL") > _lower(TILES[7], y="fp32").count("FMUL"), str(code)
+
+
+def test_ptxas_says_when_it_must_order_products_itself():
+    code = _lower(TILES[7])
+    unordered = re.sub(r"wgmma\.fence\.sync\.aligned;", "", code.ptx)
+    assert "C7519" in messages(replace(code, ptx=unordered))
