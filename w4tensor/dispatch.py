@@ -40,7 +40,7 @@ DECODE_PDL_MAX_K = 8192
 DECODE_NARROW_N = 4096
 DECODE_NARROW_K = 8192
 WARPS_PER_SM = 12
-# from here on dequantising costs less than the tiles lose to cuBLAS: the tiles of dispatch_hopper.py,
+# from here on dequantising costs less than the tiles lose to cuBLAS: those of dispatch_hopper.py,
 # and those of this file
 DEQUANT_FROM_M = 8192
 DEQUANT_FROM_M_ELSE = 1024
