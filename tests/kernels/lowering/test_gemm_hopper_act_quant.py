@@ -95,7 +95,8 @@ VARIANTS = {
     "fp16": dict(dtype="fp16", scale="fp16"),
     "fp16 zero": dict(dtype="fp16", scale="fp16", given=("zero_ptr",)),
 }
-ALL_TILES = sorted({(t.block_m, t.block_n, t.num_warps, t.num_stages) for t in TILES})
+# each tile, and how many programs of it share a multiprocessor
+ALL_TILES = {(t.block_m, t.block_n, t.num_warps, t.num_stages): t.resident for t in TILES}
 
 
 def check(tile, variant, **options):
@@ -117,6 +118,10 @@ def test_every_tile(tile, variant):
     # a word's scale serves the four words that a lane has of a row
     rows_a_lane = tile[1] // (8 * tile[2])
     assert code.count("LDG") == rows_a_lane * (2 if "zero" in variant else 1), str(code)
+    if variant == "bf16":
+        # registers come by 8; zero points take more of them
+        registers = code.threads * (-(-code.registers // 8) * 8)
+        assert ALL_TILES[tile] * registers <= 65536, str(code)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
