@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w4tensor.dispatch import Arch, Problem
+from w4tensor.dispatch import DEQUANT_FROM_M, Arch, Problem
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
     ActQuantDp4aPlan,
     ActQuantGemmPlan,
+    ActQuantHopperPlan,
     ActQuantRoundedPlan,
     plan_act_quant,
 )
+from w4tensor.dispatch_hopper import plan_hopper, serves
 
 ARCHS = [
     Arch(capability=capability, num_sms=num_sms, triton=triton)
@@ -45,6 +50,11 @@ def test_a_plan_fits_its_kernel(p, arch):
     if isinstance(plan, ActQuantRoundedPlan):
         assert p.batch == 1 and 1 <= plan.rows <= p.n
         return
+    if isinstance(plan, ActQuantHopperPlan):
+        # one weight, whose words have one scale each
+        assert hopper and p.batch == 1 and (p.group_size >= 32 or p.group_size == p.k)
+        assert p.m > 16 and plan.gemm == plan_hopper(p, arch)
+        return
     warps = plan.num_warps
     if isinstance(plan, ActQuantDp4aPlan):
         assert p.m <= plan.tokens
@@ -67,6 +77,62 @@ def test_a_plan_fits_its_kernel(p, arch):
         assert plan.block_n >= 16 * warps and plan.block_k % 128 == 0
         assert plan.kwidth == (4 if hopper or natural else 8)
         assert plan.x_tma <= hopper
+
+
+H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+A100 = Arch(capability=(8, 0), num_sms=108, triton=(3, 6))
+FINE = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=32)
+
+
+@pytest.mark.parametrize(
+    "m,kind",
+    [
+        (1, ActQuantDp4aPlan),
+        (2, ActQuantDecodePlan),
+        (16, ActQuantDecodePlan),
+        (17, ActQuantHopperPlan),
+        (127, ActQuantHopperPlan),
+        (128, ActQuantHopperPlan),
+        (DEQUANT_FROM_M - 1, ActQuantHopperPlan),
+        (DEQUANT_FROM_M, ActQuantRoundedPlan),
+    ],
+)
+@pytest.mark.parametrize(
+    "groups", [(128, 32), (128, 64), (32, 32), (32, 128), (64, -1), (256, 32), (4096, 64)]
+)
+def test_fine_scales_on_hopper(m, kind, groups):
+    p = replace(FINE, m=m, group_size=groups[0], act_group_size=groups[1])
+    assert type(plan_act_quant(p, H200)) is kind
+
+
+@pytest.mark.parametrize(
+    "arch,changes",
+    [
+        # coarse scales: int8 tiles are faster
+        (H200, dict(act_group_size=128)),
+        (H200, dict(act_group_size=-1)),
+        (H200, dict(group_size=4096, act_group_size=-1)),
+        (H200, dict(batch=3)),
+        (A100, {}),
+    ],
+)
+def test_what_keeps_int8_tiles(arch, changes):
+    for m in (17, 64, 127):
+        assert isinstance(plan_act_quant(replace(FINE, m=m, **changes), arch), ActQuantGemmPlan)
+
+
+@pytest.mark.parametrize(
+    "arch,changes", [(H200, dict(group_size=16)), (H200, dict(k=1001, group_size=1001)), (A100, {})]
+)
+def test_where_hopper_tiles_do_not_serve(arch, changes):
+    p = replace(FINE, **changes)
+    assert not serves(p, arch)
+    assert isinstance(plan_act_quant(replace(p, m=127), arch), ActQuantGemmPlan)
+    assert isinstance(plan_act_quant(replace(p, m=128), arch), ActQuantRoundedPlan)
+
+
+def test_the_name_says_that_x_is_rounded():
+    assert plan_act_quant(FINE, H200).name == f"rounded x, {plan_hopper(FINE, H200).name}"
 
 
 def test_plans_are_hashable_and_named():

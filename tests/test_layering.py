@@ -19,7 +19,7 @@ ALLOWED = {
     "layout": {"errors"},
     # dispatch.plan hands problems on, inside the function
     "dispatch": {"errors", "dispatch_act_quant", "dispatch_hopper"},
-    "dispatch_act_quant": {"dispatch", "errors"},
+    "dispatch_act_quant": {"dispatch", "dispatch_hopper", "errors"},
     "dispatch_experts": {"dispatch", "errors"},
     "dispatch_hopper": {"dispatch"},
     "tables": set(),

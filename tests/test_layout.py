@@ -101,6 +101,33 @@ def test_blocks_stand_alone(layout, blocks, k):
     assert torch.equal(whole, torch.cat((layout.pack(left), layout.pack(right)), -1))
 
 
+def coalesced_k(k: int) -> int:
+    """Of the code that an ACT_QUANT row has at k: its k for a reader of COALESCED words."""
+    block, within = divmod(k, 128)
+    t, within = divmod(within, 32)
+    high, within = divmod(within, 16)
+    i, byte = divmod(within, 4)
+    return 128 * block + 32 * i + 16 * (byte % 2) + 8 * high + 2 * t + byte // 2
+
+
+@given(st.integers(1, 300), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_act_quant_words_are_coalesced_ones_in_another_order(k, n, seed):
+    """What kernels/gemm_hopper.py builds on: the law of unpack_act_quant.py's word order."""
+    q = random_q(n, k, seed=seed)
+    words = ACT_QUANT.pack(q).view(torch.int32) ^ -0x77777778
+    seen = COALESCED.unpack(words.view(torch.int16), padded_k(k))
+    assert torch.equal(seen[:, [coalesced_k(column) for column in range(k)]], q)
+    # the other places are the padding's
+    assert (seen == 8).sum() == (q == 8).sum() + n * (padded_k(k) - k)
+
+
+def test_a_word_of_act_quant_is_of_one_slice():
+    for column in range(256):
+        # word (t, i) of a COALESCED reader has k = 32 i + .. + 2 t + ..
+        t = coalesced_k(column) % 8 // 2
+        assert column // 32 % 4 == t
+
+
 @layouts
 def test_unpack_reads_a_view_that_is_not_contiguous(layout):
     q = random_q(6, 384)

@@ -6,8 +6,12 @@ no triton. Activations are quantised in a launch of their own, before any of:
     dp4a     few tokens: a thread has a slice of a row and every token
     decode   up to 16 tokens: warps divide K, the matrix unit multiplies each cell
     gemm     more tokens: tiles of the matrix unit
-    rounded  many tokens and scales so fine that the int8 tile spends its time on them: x is rounded
-             to what its codes mean and W dequantised, block by block, for a library product
+
+Where scales are so fine that the int8 tile spends its time on them, x is rounded to what its codes
+mean, in 16 bits, for
+
+    hopper   the tiles of dispatch_hopper.py, or where they do not serve or have lost their lead
+    rounded  a library product with W dequantised, block by block
 """
 
 from __future__ import annotations
@@ -15,12 +19,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem, workspace_rows
+from w4tensor.dispatch import (
+    DEQUANT_FROM_M,
+    HOPPER,
+    KWIDTH_2_EVERYWHERE,
+    Arch,
+    Problem,
+    workspace_rows,
+)
+from w4tensor.dispatch_hopper import HopperPlan, plan_hopper, serves
 
 __all__ = [
     "ActQuantDecodePlan",
     "ActQuantDp4aPlan",
     "ActQuantGemmPlan",
+    "ActQuantHopperPlan",
     "ActQuantPlan",
     "ActQuantRoundedPlan",
     "plan_act_quant",
@@ -30,7 +43,7 @@ __all__ = [
 DECODE_MAX_M = 16
 # most tokens of the dp4a kernel: at 2 it needs as many instructions as the matrix unit's
 DP4A_MAX_M = 1
-# from here on, with scales finer than 128 k, the library's 16-bit product is the faster one
+# from here on, with scales finer than 128 k, the library's 16-bit product is faster than int8 tiles
 ROUNDED_FROM_M = 128
 # what cells of 32 k leave room for in the registers of 256 threads
 FINE_BLOCK_M = 64
@@ -106,6 +119,17 @@ class ActQuantGemmPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ActQuantHopperPlan:
+    """One launch of kernels/gemm_hopper.py on x rounded to its codes, in word order."""
+
+    gemm: HopperPlan
+
+    @property
+    def name(self) -> str:
+        return f"rounded x, {self.gemm.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class ActQuantRoundedPlan:
     """cuBLAS on x rounded to its codes and on blocks of `rows` dequantised rows of W."""
 
@@ -113,7 +137,13 @@ class ActQuantRoundedPlan:
     name: ClassVar[str] = "rounded x, dequantise + cuBLAS"
 
 
-ActQuantPlan = ActQuantDp4aPlan | ActQuantDecodePlan | ActQuantGemmPlan | ActQuantRoundedPlan
+ActQuantPlan = (
+    ActQuantDp4aPlan
+    | ActQuantDecodePlan
+    | ActQuantGemmPlan
+    | ActQuantHopperPlan
+    | ActQuantRoundedPlan
+)
 
 
 def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
@@ -128,8 +158,11 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
         return _dp4a_plan(p, arch)
     if p.m <= DECODE_MAX_M:
         return _decode_plan(p, arch)
-    if p.m >= ROUNDED_FROM_M and p.batch == 1 and _is_fine(p):
-        return ActQuantRoundedPlan(rows=workspace_rows(p))
+    if p.batch == 1 and _is_fine(p):
+        if p.m < DEQUANT_FROM_M and serves(p, arch):
+            return ActQuantHopperPlan(plan_hopper(p, arch))
+        if p.m >= ROUNDED_FROM_M:
+            return ActQuantRoundedPlan(rows=workspace_rows(p))
     return _gemm_plan(p, arch)
 
 

@@ -14,6 +14,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
     ActQuantDp4aPlan,
     ActQuantGemmPlan,
+    ActQuantHopperPlan,
     ActQuantRoundedPlan,
 )
 from w4tensor.dispatch_experts import (
@@ -246,6 +247,11 @@ def act_quant_linear(
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
     qdata, scale = qdata.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
+    if isinstance(plan, ActQuantHopperPlan):
+        rounded = round_activation(x3, act_group_size, word_order=True, pdl=plan.gemm.pdl)[0]
+        y2 = y.view(m, n)
+        gemm_hopper(rounded, qdata, scale, zero_point, bias, y2, group_size, plan.gemm)
+        return y
     if isinstance(plan, ActQuantRoundedPlan):
         rounded = round_activation(x3, act_group_size)[0]
         weight = (qdata, scale, zero_point, group_size)

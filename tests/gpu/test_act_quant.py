@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from w4tensor import Int4ActQuantTensor, reference
+from w4tensor import Int4ActQuantTensor, arch, dispatch, reference
+from w4tensor.dispatch_act_quant import ActQuantHopperPlan
+from w4tensor.summary import problem_of
 
 from .test_linear import MANY_TOKENS, TOKENS, _poison, codes, rel_err  # noqa: F401
 
@@ -113,3 +117,120 @@ def test_signal_to_noise_on_gaussian_inputs():
         ref = x.double() @ reference.dequantize(*w.to_codes()).double().mT
         decibels = -20 * torch.log10(torch.tensor(rel_err(F.linear(x, w), ref))).item()
         assert decibels >= 38, (m, decibels)
+
+
+# scales finer than 128 k on kernels/gemm_hopper.py: around its tiles of tokens
+FINE_TOKENS = (17, 63, 64, 65, 127, 128, 129, 300)
+
+
+def fine(n, k, group_size, zero, dtype, act_group_size=32, ones=False):
+    """A weight that Hopper serves with rounded x; `ones`: its scales are 1 and 1/2."""
+    q, scale, zero_point = codes(n, k, group_size, zero, dtype)
+    if ones:
+        scale = torch.ones_like(scale)
+        scale[::2] = 0.5
+    w = Int4ActQuantTensor.from_codes(
+        q, scale, zero_point, group_size=group_size, act_group_size=act_group_size
+    )
+    target = arch.current()
+    assert target is not None
+    if target.capability[0] == dispatch.HOPPER:
+        for m in (FINE_TOKENS[0], FINE_TOKENS[-1]):
+            assert isinstance(dispatch.plan(problem_of(w, m), target), ActQuantHopperPlan)
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("zero", [None, "integer", "fractional"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("m", FINE_TOKENS)
+def test_fine_scales(m, group_size, zero, dtype):
+    # rows that descriptors store and rows that they cannot; K of whole blocks and of a part
+    for n, blocks in ((256, 8), (257, 8), (101, 9)):
+        k = blocks * group_size if group_size < 128 else 128 * blocks
+        fine(n, k, group_size, zero, dtype)
+        check(m, n, k, group_size, 32, zero, dtype, bias=n % 2 == 0)
+
+
+@pytest.mark.parametrize("k,group_size", [(32, 32), (96, 32), (608, 32), (2880, 64), (328, 328)])
+@pytest.mark.parametrize("m", FINE_TOKENS)
+def test_fine_scales_of_rows_that_blocks_do_not_divide(m, k, group_size):
+    for n, act_group_size, dtype in itertools.product(
+        (104, 333), (32, 64), (torch.bfloat16, torch.float16)
+    ):
+        fine(n, k, group_size, "fractional", dtype, act_group_size)
+        check(m, n, k, group_size, act_group_size, "fractional", dtype, bias=True)
+        check(m, n, k, group_size, act_group_size, None, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("zero", [None, "integer"])
+@pytest.mark.parametrize("k,group_size", [(640, 32), (672, 32), (704, 64), (640, 128)])
+@pytest.mark.parametrize("m", FINE_TOKENS)
+def test_fine_scales_are_exact_on_integers(m, k, group_size, zero, dtype):
+    for n in (200, 203):
+        w = fine(n, k, group_size, zero, dtype, ones=True)
+        # 64 rounds to itself: its code 127 times 64 / 127; three of them and any q - zero are
+        # representable in the output's dtype
+        x = torch.zeros(m, k, device="cuda", dtype=dtype)
+        for row in range(m):
+            at = torch.randperm(k, device="cuda")[:3]
+            x[row, at] = 64.0 * (2 * torch.randint(0, 2, (3,), device="cuda") - 1).to(dtype)
+        want = x.double() @ reference.dequantize(*w.to_codes()).double().mT
+        assert torch.equal(F.linear(x, w).double(), want), (m, n, k, group_size)
+        # into fp32, which is bf16 on the way: beside scales of fp16 too
+        assert torch.equal(F.linear(x.float(), w).double(), want)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("m", FINE_TOKENS)
+def test_with_fine_scales_too_nan_stays_in_its_token(m, dtype, bad):
+    for k, column in ((512, 100), (544, 543)):
+        w = fine(200, k, 32, "integer", dtype)
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        x[m // 2, column] = bad
+        y = F.linear(x, w)
+        rest = torch.arange(m, device="cuda") != m // 2
+        assert y[m // 2].isnan().all() and y[rest].isfinite().all()
+
+
+@pytest.mark.parametrize("m", FINE_TOKENS)
+def test_fine_scales_in_a_graph(m):
+    w = fine(512, 1056, 32, "fractional", torch.bfloat16)
+    x = torch.randn(m, 1056, device="cuda", dtype=torch.bfloat16)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        F.linear(x, w)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = F.linear(x, w)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, F.linear(x, w))
+
+
+@pytest.mark.parametrize("m", [17, 64, 128])
+def test_fine_scales_back_to_back(m):
+    """The product starts before x is rounded, in memory that the call before has just read."""
+    w = fine(4096, 4096, 32, None, torch.bfloat16)
+    xs = [torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    expected = []
+    for x in xs:
+        expected.append(F.linear(x, w))
+        torch.cuda.synchronize()
+    results = [F.linear(x, w) for _ in range(10) for x in xs]
+    for i, y in enumerate(results):
+        assert torch.equal(y, expected[i % 8]), i
+
+
+def test_fine_scales_with_a_stack_of_one():
+    q, scale, _ = codes(200, 512, 32, None, torch.bfloat16, stack=(1,))
+    w = Int4ActQuantTensor.from_codes(q, scale, group_size=32, act_group_size=32)
+    x = torch.randn(1, 70, 512, device="cuda", dtype=torch.bfloat16)
+    y = torch.bmm(x, w.transpose(-2, -1))
+    assert rel_err(y, definition(x, w)) <= 3e-3
+    assert torch.equal(y[0], F.linear(x[0], w[0]))

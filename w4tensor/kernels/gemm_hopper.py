@@ -1,4 +1,4 @@
-"""Y[M, N] = X[M, K] @ dequant(W)[N, K].T with W in the COALESCED format, on Hopper, in Gluon.
+"""Y[M, N] = X[M, K] @ dequant(W)[N, K].T on Hopper, in Gluon.
 
 What kernels/gemm.py does, with what plain Triton does not say: the matrix unit works on one half of
 a step while the other half is being unpacked, so that it need not wait, nor need the unpacking.
@@ -8,6 +8,9 @@ a step while the other half is being unpacked, so that it need not wait, nor nee
 
 Weights go from shared memory through registers to the matrix unit (wgmma's register operand); x and
 words come by the tensor memory accelerator, STAGES steps of 128 k ahead.
+
+W is in the COALESCED format, or in ACT_QUANT with x in word order (kernels/unpack_act_quant.py):
+then word (t, i) of a step is of slice t, not i, and so are its scales; and nibbles are q ^ 8.
 
 K is cut into split_k slices where tiles alone would leave the card idle. Slices store their sums,
 and that of the last slice adds them, in order: two runs give the same bits. A stored sum is
@@ -41,6 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.unpack import FP16_LIFT, join8, unpack_scaled
+from w4tensor.layout import ACT_QUANT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,21 +58,25 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 
 # a word $8, and pairs of scale * 2**97 and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once.
 # Each nibble, brought to bits 4..7 of its 16, is the subnormal q * 2**-129.
-_UNPACK = gl.constexpr("""{
+_UNPACK_TEXT = """{
     .reg .b32 a, b, c, d;
     shl.b32 a, $8, 4;
     shr.u32 c, $8, 4;
     shr.u32 d, $8, 8;
-    and.b32 a, a, 0x00F000F0;
-    and.b32 b, $8, 0x00F000F0;
-    and.b32 c, c, 0x00F000F0;
-    and.b32 d, d, 0x00F000F0;
+    lop3.b32 a, a, 0x00F000F0, MINUS_8, 0x6A;  // (a & mask) ^ MINUS_8
+    lop3.b32 b, $8, 0x00F000F0, MINUS_8, 0x6A;
+    lop3.b32 c, c, 0x00F000F0, MINUS_8, 0x6A;
+    lop3.b32 d, d, 0x00F000F0, MINUS_8, 0x6A;
     fma.rn.bf16x2 a, a, $9, $10;
     fma.rn.bf16x2 b, b, $9, $10;
     fma.rn.bf16x2 c, c, $9, $10;
     fma.rn.bf16x2 d, d, $9, $10;
     mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
-}""")
+}"""
+_UNPACK = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0"))
+_UNPACK_MINUS_8 = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0x00800080"))
+# 0x88888888: what makes q of the eight q - 8 of a word
+_EIGHTS = gl.constexpr(-0x77777778)
 _UNPACK_REGISTERS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 _SCALES = gl.constexpr("""{
     .reg .b32 s, up, down;
@@ -152,30 +160,40 @@ def _groups(
     GROUP: gl.constexpr,
     WHOLE_STEPS: gl.constexpr,
     WORDS: gl.constexpr,
+    # of [BN, t, i]: that which groups do not run along
+    ACROSS: gl.constexpr,
 ):
-    """Scales or zero points of a step: [BN, 1, 1], or [BN, 1, i] where words have their own."""
+    """Scales or zero points of a step: [BN, 1, 1], or with one of t and i where slices differ."""
     if GROUP == 0 or GROUP >= 128:
         at = row * n_groups if GROUP == 0 else row * n_groups + step // (GROUP // 128)
-        return gl.load(ptr + at).expand_dims(1).expand_dims(1)
+        return gl.load(ptr + at).expand_dims(1).expand_dims(ACROSS)
     else:
-        i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
-        group = (step * (128 // GROUP) + i // (GROUP // 32)).expand_dims(0)
+        of_step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(ACROSS, WORDS)))
+        group = (step * (128 // GROUP) + of_step // (GROUP // 32)).expand_dims(0)
         first = (row * n_groups).expand_dims(1)
         if WHOLE_STEPS:
             # one load of four neighbours
             first = gl.multiple_of(first, [128 // GROUP, 128 // GROUP])
         else:
             group = gl.minimum(group, n_groups - 1)
-        return gl.load(ptr + (first + group)).expand_dims(1)
+        return gl.load(ptr + (first + group)).expand_dims(ACROSS)
 
 
 @gluon.jit
-def _operand(words, scale, zero, DTYPE: gl.constexpr, FAST: gl.constexpr, OPERAND: gl.constexpr):
+def _operand(
+    words,
+    scale,
+    zero,
+    DTYPE: gl.constexpr,
+    FAST: gl.constexpr,
+    ACT_QUANT: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
     """Words [BN, t, i] of 64 k, and that half of what _prepare() made -> weights [BN, 64]."""
     BN: gl.constexpr = words.shape[0]
     if FAST:
         e0, e1, e2, e3, e4, e5, e6, e7 = gl.inline_asm_elementwise(
-            _UNPACK,
+            _UNPACK_MINUS_8 if ACT_QUANT else _UNPACK,
             _UNPACK_REGISTERS,
             [words, scale, zero],
             dtype=(gl.bfloat16,) * 8,
@@ -183,6 +201,8 @@ def _operand(words, scale, zero, DTYPE: gl.constexpr, FAST: gl.constexpr, OPERAN
             pack=1,
         )
     else:
+        if ACT_QUANT:
+            words = words ^ _EIGHTS
         e0, e1, e2, e3, e4, e5, e6, e7 = unpack_scaled(words, scale, scale, zero, zero, DTYPE, True)
     # [BN, t, i, p, q', r]
     z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
@@ -277,6 +297,8 @@ def _gemm_hopper_kernel(
     GROUP: gl.constexpr,
     # whether K is a multiple of a step
     WHOLE_STEPS: gl.constexpr,
+    # whether W is in this format, or in COALESCED
+    ACT_QUANT: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
@@ -288,6 +310,7 @@ def _gemm_hopper_kernel(
     BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
     FAST: gl.constexpr = BF16 and zero_ptr is None
     WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
+    ACROSS: gl.constexpr = 2 if ACT_QUANT else 1
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     pid = gl.program_id(0)
@@ -317,12 +340,12 @@ def _gemm_hopper_kernel(
     for s in gl.static_range(STAGES):
         _fetch_x(x_desc, xs, full, s, m0, begin + s, begin + s < end)
 
-    r = gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))
+    r = gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(ACROSS, WORDS)))
     row = gl.minimum(n0 + r, N - 1)
-    scale = _groups(scale_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS)
+    scale = _groups(scale_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     zero = None
     if zero_ptr is not None:
-        zero = _groups(zero_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS)
+        zero = _groups(zero_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     stage = 0
     phase = 0
@@ -331,14 +354,14 @@ def _gemm_hopper_kernel(
     words_a, words_b = _halves(words)
     scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
     following = gl.minimum(begin + 1, steps - 1)
-    scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
+    scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     if zero_ptr is not None:
-        zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-    z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
+        zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+    z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = warpgroup_mma(z_a, _x_half(xs.index(0), 0), acc, is_async=True)
     acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
     for step in range(begin + 1, end):
-        z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, OPERAND)
+        z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
         done = stage
         stage += 1
@@ -352,10 +375,10 @@ def _gemm_hopper_kernel(
         scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
         # of the step after this one
         following = gl.minimum(step + 1, steps - 1)
-        scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
+        scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
         if zero_ptr is not None:
-            zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-        z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
+            zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+        z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
         acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
         _barrier()
@@ -363,7 +386,7 @@ def _gemm_hopper_kernel(
         _expect(x_desc, w_desc, full, done, at < end)
         _fetch_words(w_desc, ws, full, done, n0, at, at < end)
         _fetch_x(x_desc, xs, full, done, m0, at, at < end)
-    z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, OPERAND)
+    z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
     acc, z_a, z_b = warpgroup_mma_wait(0, deps=[acc, z_a, z_b])
     if part_ptr is None:
@@ -425,13 +448,14 @@ def gemm_hopper(
     group_size: int,
     plan: HopperPlan,
 ) -> None:
-    """y [M, N] from x [M, K] (bf16 or fp16; 16-byte aligned rows) and contiguous W [N, *].
+    """y [M, N] from x [M, K] (bf16 or fp16; 16-byte aligned rows) and contiguous W [N, *]
+    or [1, N, *]. zero_point and bias [N] may be None. y is contiguous: bf16, fp16 or fp32.
 
-    zero_point and bias [N] may be None. y is contiguous and may be bf16, fp16 or fp32.
+    qdata is COALESCED, or ACT_QUANT, for which x is [M, padded_k(K)] in word order.
     """
-    m, k = x.shape
-    n, n_groups = scale.shape
-    words = qdata.view(torch.int32)
+    m = x.shape[0]
+    n, n_groups = scale.shape[-2:]
+    words = qdata.view(torch.int32).view(n, -1)
     steps = words.shape[1] // 16
     tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(m, plan.block_m)
     split_k = min(plan.split_k, steps)
@@ -464,7 +488,8 @@ def gemm_hopper(
         split_k,
         GROUP_N=plan.group_n,
         GROUP=0 if n_groups == 1 else group_size,
-        WHOLE_STEPS=k % 128 == 0,
+        WHOLE_STEPS=n_groups * group_size % 128 == 0,
+        ACT_QUANT=qdata.dtype == ACT_QUANT.qdata_dtype,
         WARPS=plan.num_warps,
         STAGES=plan.num_stages,
         PDL=plan.pdl,

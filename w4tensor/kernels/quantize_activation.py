@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from w4tensor.kernels.unpack_act_quant import word_order
 from w4tensor.layout import padded_k
 
 # activations that one program quantises, where no group is a whole row
@@ -44,6 +45,8 @@ def _quantize_kernel(
     SUM_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     SILU_MUL: tl.constexpr,
+    # of what is stored; K is then padded to whole blocks
+    WORD_ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -73,8 +76,10 @@ def _quantize_kernel(
     scale = tl.where(finite, scale, float("nan"))
     means = codes * scale[:, None]
     out = codes if scale_ptr is not None else means
-    out_ptrs = out_ptr + row * out_width + k
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=k < out_width)
+    out = out.to(out_ptr.dtype.element_ty)
+    if WORD_ORDER:
+        out = word_order(out.reshape(BLOCK)).reshape(BLOCK // GROUP, GROUP)
+    tl.store(out_ptr + row * out_width + k, out, mask=k < out_width)
 
     if scale_ptr is not None:
         g = chunk * (BLOCK // GROUP) + group
@@ -118,12 +123,23 @@ def quantize_activation(
     return codes, scale[..., :m], None if sums is None else sums[..., :m]
 
 
-def round_activation(x: Tensor, act_group_size: int, silu_mul: bool = False) -> Tensor:
-    """x [E, M, K] -> [E, M, K]: what its codes mean, rounded to x's dtype, bf16 for fp32."""
+def round_activation(
+    x: Tensor,
+    act_group_size: int,
+    silu_mul: bool = False,
+    word_order: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """x [E, M, K] -> [E, M, K]: what its codes mean, rounded to x's dtype, bf16 for fp32.
+
+    word_order: -> [E, M, padded_k(K)] in the order that kernels/unpack_act_quant.py calls so.
+    silu_mul, pdl: as in quantize_activation.
+    """
     e, m, width = x.shape
+    k = width // 2 if silu_mul else width
     dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
-    out = torch.empty(e, m, width // 2 if silu_mul else width, dtype=dtype, device=x.device)
-    _launch(x, out, None, None, act_group_size, None, silu_mul, False)
+    out = torch.empty(e, m, padded_k(k) if word_order else k, dtype=dtype, device=x.device)
+    _launch(x, out, None, None, act_group_size, None, silu_mul, pdl, word_order)
     return out
 
 
@@ -136,6 +152,7 @@ def _launch(
     sum_group_size: int | None,
     silu_mul: bool,
     pdl: bool,
+    word_order: bool = False,
 ) -> None:
     e, m, width = x.shape
     k = width // 2 if silu_mul else width
@@ -166,6 +183,7 @@ def _launch(
         SUM_GROUP=block if sum_group_size == k else sum_group_size,
         PER_TOKEN=per_token,
         SILU_MUL=silu_mul,
+        WORD_ORDER=word_order,
         PDL=pdl,
         num_warps=min(16, max(1, block // 256)),
     )

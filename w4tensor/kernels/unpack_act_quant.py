@@ -12,6 +12,10 @@ The order of k within an operand must be the one in which the matrix unit takes 
 Triton carries the weights through shared memory: slower, never wrong. A thread t of four holds the
 four bytes 4t..4t+3 of a slice, that is k = 16 h + 4 t + b. KWIDTH 4 keeps k as it is; KWIDTH 8
 exchanges h and t, in the weights and, by permute_codes, in the activations.
+
+Word order is for kernels that read these words as if they were COALESCED (layout.py). Word 4t + i
+of a block holds k = 32t + 16h + 4i + b at nibble 2b + h; with b = 2r + p and h = q', that is the
+place of k = 32i + 16p + 8q' + 2t + r. word_order puts activations there.
 """
 
 from __future__ import annotations
@@ -68,6 +72,14 @@ def permute_codes(x, KWIDTH: tl.constexpr):
         R: tl.constexpr = x.shape[0]
         W: tl.constexpr = x.shape[1]
         return x.reshape(R, W // 32, 2, 4, 4).trans(0, 1, 3, 2, 4).reshape(R, W)
+
+
+@triton.jit
+def word_order(x):
+    """Activations [BK], a multiple of 128, in the order that COALESCED readers give ACT_QUANT."""
+    BK: tl.constexpr = x.shape[0]
+    # [block, t, q', i, r, p] -> [block, i, p, q', t, r]
+    return x.reshape(BK // 128, 4, 2, 4, 2, 2).trans(0, 3, 5, 2, 1, 4).reshape(BK)
 
 
 @triton.jit

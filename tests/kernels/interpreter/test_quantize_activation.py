@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
-from w4tensor.layout import padded_k
+from w4tensor.layout import ACT_QUANT, COALESCED, padded_k
+from w4tensor.testing import random_codes, rel_err
 
 ACT_GROUPS = (32, 64, 128, -1)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,6 +127,43 @@ def test_rounded_is_codes_times_scale(k, act_group_size):
     want = codes.float() * scale.mT.repeat_interleave(width, -1)[..., :k]
     got = round_activation(x, act_group_size)
     assert got.dtype == x.dtype and same(got, want.to(x.dtype))
+
+
+@given(
+    st.sampled_from((32, 64, 128)),
+    st.sampled_from(ACT_GROUPS),
+    st.integers(1, 40),
+    st.sampled_from((torch.float16, torch.float32)),
+)
+def test_word_order_multiplies_act_quant_words_read_as_coalesced(
+    group, act_group_size, groups, dtype
+):
+    k = group * groups
+    codes = random_codes(3, k, group_size=group, zero_point="integer")
+    x = random(1, 4, k, torch.float16).to(dtype)
+    got = round_activation(x, act_group_size, word_order=True)[0]
+    assert got.shape == (4, padded_k(k))
+    plain = round_activation(x, act_group_size)[0]
+
+    words = ACT_QUANT.pack(codes.q).view(torch.int32) ^ -0x77777778
+    w = COALESCED.unpack(words.view(torch.int16), padded_k(k)).double()
+    # a word's scale is that of slice t, and t is in k's bits 1 and 2
+    column = torch.arange(padded_k(k))
+    at = ((column // 128 * 128 + column % 8 // 2 * 32) // group).clamp(max=groups - 1)
+    w = (w - codes.zero_point[:, at].double()) * codes.scale[:, at].double()
+    want = plain.double() @ codes.dequantize().double().mT
+    assert rel_err(got.double() @ w.mT, want) <= 1e-12
+
+
+@pytest.mark.parametrize("act_group_size", ACT_GROUPS)
+@pytest.mark.parametrize("k", [32, 100, 128, 300, 1152, 4128])
+def test_word_order_is_bit_for_bit_and_padded_with_zeros(k, act_group_size):
+    x = random(2, 3, k, torch.float16)
+    plain = F.pad(round_activation(x, act_group_size), (0, padded_k(k) - k))
+    got = round_activation(x, act_group_size, word_order=True)
+    # [block, t, q', i, r, p] -> [block, i, p, q', t, r]
+    want = plain.reshape(2, 3, -1, 4, 2, 4, 2, 2).permute(0, 1, 2, 5, 7, 4, 3, 6).flatten(2)
+    assert torch.equal(got, want)
 
 
 def test_rows_may_lie_apart_and_tokens_may_be_none():

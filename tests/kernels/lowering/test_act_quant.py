@@ -239,7 +239,8 @@ def test_the_wrong_order_would_be_seen():
 
 
 def test_quantizing_divides_as_ieee_does():
-    constants = dict(BLOCK=1024, GROUP=32, SUM_GROUP=128, PER_TOKEN=False, SILU_MUL=True, PDL=True)
+    constants = dict(BLOCK=1024, GROUP=32, SUM_GROUP=128, PER_TOKEN=False, SILU_MUL=True)
+    constants |= dict(WORD_ORDER=False, PDL=True)
     types = signature(_quantize_kernel, x_ptr="*bf16", out_ptr="*i8", sum_ptr="*fp32")
     types["scale_ptr"] = "*fp32"
     types |= dict.fromkeys(constants, "constexpr")
@@ -247,3 +248,13 @@ def test_quantizing_divides_as_ieee_does():
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "div.rn.f32" in ptx
     assert "div.full" not in ptx and "div.approx" not in ptx and ".ftz" not in ptx
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 1024])
+def test_word_order_is_stored_by_16_bytes(group):
+    constants = dict(BLOCK=1024, GROUP=group, SUM_GROUP=None, PER_TOKEN=group == 1024)
+    constants |= dict(SILU_MUL=False, WORD_ORDER=True, PDL=True, scale_ptr=None, sum_ptr=None)
+    types = signature(_quantize_kernel, x_ptr="*bf16", out_ptr="*bf16")
+    unaligned = ("M", "n_groups", "n_sum_groups")
+    code = lower(_quantize_kernel, types, constants, num_warps=4, unaligned=unaligned)
+    assert code.stack == 0 and code.count("STG") == code.count("STG.E.128") == 1, str(code)
