@@ -26,13 +26,13 @@ from torch import Tensor
 
 from benchmarks import ceilings, timing
 from w4tensor import arch, dispatch, launch
-from w4tensor.dispatch import Arch, DecodePlan, DequantPlan, Problem
+from w4tensor.dispatch import Arch, DecodePlan, DequantPlan, GemmPlan, Problem
 from w4tensor.dispatch_hopper import MIN_STEPS, SPLITS, TILES, HopperPlan
 from w4tensor.layout import COALESCED
 from w4tensor.testing import random_codes, rel_err
 
 FIELDS = "n k group_size zero m us read_us bf16_us rel_err kind plan".split()
-KINDS = {"decode": DecodePlan, "hopper": HopperPlan, "dequant": DequantPlan}
+KINDS = {"decode": DecodePlan, "gemm": GemmPlan, "hopper": HopperPlan, "dequant": DequantPlan}
 WORKERS = 14
 # of the narrow weight that workers compare on
 CHECKED_ROWS, CHECKED_K = 512, 2048
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 def candidates(p: Point, target: Arch) -> list:
-    """Plans that may be the best for `p`."""
+    """Plans that may be the best for `p`, dispatch's own among them."""
     plans: list = []
     steps = -(-p.k // 128)
     sms = target.num_sms
@@ -65,7 +65,7 @@ def candidates(p: Point, target: Arch) -> list:
         plans += _decode_plans(p, target)
     for tile, split in itertools.product(TILES, SPLITS):
         programs = -(-p.n // tile.block_n) * -(-p.m // tile.block_m) * split
-        if tile.block_m >= 2 * max(p.m, 8) or 8 * tile.block_m < p.m:
+        if tile.block_m >= 2 * max(p.m, 8) or 8 * tile.block_m < min(p.m, 1024):
             continue
         if tile.block_m < min(p.m, 64) / 2:
             continue
@@ -80,7 +80,8 @@ def candidates(p: Point, target: Arch) -> list:
     if p.m >= 1024:
         rows = dispatch.workspace_rows(p.problem)
         plans += [DequantPlan(rows), DequantPlan(max(256, rows // 512 * 256))]
-    return plans
+    chosen = dispatch.plan(p.problem, target)
+    return plans if chosen in plans else [*plans, chosen]
 
 
 def _decode_plans(p: Point, target: Arch) -> list[DecodePlan]:
@@ -155,10 +156,8 @@ def tune(p: Point, plans: list, writer, out) -> None:
             print(p, plan, repr(failure)[:200], flush=True)
             continue
         if error < MAX_REL_ERR:
-            kind = next(name for name, cls in KINDS.items() if isinstance(plan, cls))
-            fields = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(plan).items())
             row = (*p, f"{us:.2f}", f"{read_us:.2f}", f"{bf16_us:.2f}", f"{error:.1e}")
-            writer.writerow([*row, kind, fields])
+            writer.writerow([*row, *written(plan).split(" ", 1)])
         else:
             print(p, plan, f"error {error:.1e}", flush=True)
     out.flush()
@@ -178,6 +177,7 @@ def read(path: Path) -> dict[Point, dict[str, tuple[float, float]]]:
 
 
 def written(plan) -> str:
+    """A plan as a row has it: its kind and its fields."""
     kind = next(name for name, cls in KINDS.items() if isinstance(plan, cls))
     return kind + " " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(plan).items())
 
@@ -205,7 +205,9 @@ def regret(path: Path, target: Arch) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--shapes", default="4096x4096x128", help="N x K x group size, commas between"
     )
@@ -218,6 +220,8 @@ def main() -> None:
     if options.regret:
         regret(options.regret, Arch(capability=(9, 0), num_sms=132, triton=(3, 6)))
         return
+    if not torch.cuda.is_available():
+        raise SystemExit("tune times kernels and needs a CUDA device (or --regret)")
     deadline = time.time() + options.seconds
     target = arch.current(torch.cuda.current_device())
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]

@@ -16,6 +16,7 @@ SCRIPTS = (
     "peer_humming",
     "report",
     "rows",
+    "tune",
 )
 
 
@@ -30,7 +31,9 @@ def test_help(name, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
-@pytest.mark.parametrize("name", ["bench_linear", "bench_model", "bench_moe", "peer_humming"])
+@pytest.mark.parametrize(
+    "name", ["bench_linear", "bench_model", "bench_moe", "peer_humming", "tune"]
+)
 def test_refuses_to_time_a_cpu(name, monkeypatch):
     script = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [name])

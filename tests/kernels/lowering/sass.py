@@ -20,6 +20,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -116,8 +117,10 @@ def lower(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
-        text = _run("cuobjdump", "-sass", cubin.name)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "-res-usage", cubin.name))
+        text = _run(_BIN / "cuobjdump", "-sass", cubin.name)
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+)", _run(_BIN / "cuobjdump", "-res-usage", cubin.name)
+        )
     assert usage is not None, "cuobjdump printed no resource usage"
     # 3.8 and later name the launched warps apart, as warp specialisation adds some
     warps = getattr(built.metadata, "num_warps", num_warps)
@@ -140,11 +143,13 @@ def messages(code: Lowered) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(code.ptx)
         ptx.flush()
-        return _run("ptxas", "-v", f"--gpu-name={target[1]}", ptx.name, "-o", "/dev/null")
+        # newer releases bring several assemblers
+        ptxas = get_ptxas(int(target[1].removeprefix("sm_").rstrip("af"))).path
+        return _run(ptxas, "-v", f"--gpu-name={target[1]}", ptx.name, "-o", "/dev/null")
 
 
-def _run(tool: str, *args: str) -> str:
-    done = subprocess.run([_BIN / tool, *args], capture_output=True, text=True)
+def _run(tool: str | Path, *args: str) -> str:
+    done = subprocess.run([tool, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
