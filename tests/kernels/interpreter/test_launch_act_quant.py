@@ -94,11 +94,3 @@ def test_leading_dimensions_and_a_stack_of_one_and_fp32(calls):
     apart = torch.cat((x, x), -1)[0, :, :192]
     assert torch.equal(launch.act_quant_linear(apart, *two_d), stacked[0])
     assert len(calls) == 3
-
-
-def test_stacks_stay_where_they_were(calls):
-    codes = random_codes(3, 40, 192, group_size=32, dtype=torch.float16)
-    qdata = ACT_QUANT.pack(codes.q)
-    x = torch.randn(3, 17, 192, generator=torch.Generator().manual_seed(0)).half()
-    launch.act_quant_linear(x, qdata, codes.scale, None, None, 32, 32)
-    assert not calls

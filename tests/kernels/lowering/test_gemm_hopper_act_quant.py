@@ -85,8 +85,8 @@ def tool(name: str, *args: str | Path) -> str:
 
 
 # instructions a weight in the main loop of an eight-warp or 64-row tile, and of one in which a warp
-# has 32 rows; as many for scales of 32 k as for those of 128
-BUDGET = {"bf16": (3.3, 2.5), "bf16 zero": (4.5, 3.7), "fp16": (3.9, 3.1), "fp16 zero": (4.5, 3.7)}
+# has 32 rows; as many for scales of 32 k as for those of 128. Triton 3.6 to 3.9 differ by 0.1
+BUDGET = {"bf16": (3.4, 2.6), "bf16 zero": (4.5, 3.8), "fp16": (3.9, 3.1), "fp16 zero": (4.5, 3.8)}
 # what the last group of a row adds, where blocks do not divide K
 ODD_K = 0.2
 VARIANTS = {
