@@ -32,7 +32,8 @@ from w4tensor.kernels.act_quant_gemm import act_quant_gemm
 from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
-from w4tensor.kernels.gemm_hopper import aligned_rows, gemm_hopper
+from w4tensor.kernels.gemm_hopper import gemm_hopper
+from w4tensor.kernels.hopper_loop import aligned_rows
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED

@@ -1,14 +1,7 @@
 """Many tokens on Hopper: rows sorted by expert, each tile of them times its expert's weights.
 
-What kernels/grouped.py does, with the loop of kernels/gemm_hopper.py: x and words come by the
-tensor memory accelerator, and the matrix unit multiplies one half of a step while the other half is
-unpacked. x has to stand sorted in memory (gather_rows), W to be COALESCED.
-
-With a gate, a tile takes BLOCK_N / 2 gate rows and the up rows of the same outputs; each 16 rows of
-the operand are 8 of the ones and 8 of the others, so that one thread has both sums of an output:
-
-    halves         words of rows n0 .. and of rows N / 2 + n0 .., one below the other
-    interleaved    words of rows 2 n0 .., gate and up in turn
+What kernels/grouped.py does, by the loop of hopper_loop.py: x has to stand sorted in memory
+(gather_rows), W to be COALESCED.
 """
 
 from __future__ import annotations
@@ -20,28 +13,15 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 
 from w4tensor.kernels.gate import activate, gated
-from w4tensor.kernels.gemm_hopper import (
-    BF16_UNIT,
-    _barrier,
-    _descriptor,
-    _groups,
-    _halves,
-    _layout_of_words,
-    _load,
-    _operand,
-    _prepare,
-    _x_half,
+from w4tensor.kernels.hopper_loop import (
+    accumulate,
     aligned_rows,
+    descriptor,
+    layout_of_rows,
+    layout_of_sums,
 )
-from w4tensor.kernels.unpack import FP16_LIFT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,37 +79,6 @@ def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -
     return out
 
 
-@gluon.constexpr_function
-def _layout_in_memory(rows, warps, gate):
-    """Words [BN, (t, i)] as they stand in shared memory, dealt out as the operand wants them."""
-    half, lane, warp = {
-        "none": (8, 1, 16),
-        "halves": (rows // 2, 1, 8),
-        "interleaved": (1, 2, 16),
-    }[gate]
-    more = [[warp * warps, 0]] if rows > 16 * warps else []
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [half, 0]] + more,
-        lane_bases=[[0, 4], [0, 8], [lane, 0], [2 * lane, 0], [4 * lane, 0]],
-        warp_bases=[[warp * w, 0] for w in (1, 2, 4) if w < warps],
-        block_bases=[],
-        shape=[rows, 16],
-    )
-
-
-@gluon.jit
-def _words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
-    """Words [BN, t, i] of a step, in the order of the operand's rows."""
-    BN: gl.constexpr = stage.shape[0]
-    words = stage.load(_layout_in_memory(BN, WARPS, GATE))
-    if GATE == "halves":
-        words = words.reshape(2, BN // 16, 8, 16).permute(1, 0, 2, 3)
-    elif GATE == "interleaved":
-        words = words.reshape(BN // 16, 8, 2, 16).permute(0, 2, 1, 3)
-    words = words.reshape(BN, 4, 4)
-    return gl.convert_layout(words, _layout_of_words(BN, WARPS), assert_trivial=True)
-
-
 @gluon.jit
 def _weight_row(i, n0, N, GATE: gl.constexpr):
     """Row of W for row i of the operand, kept inside N."""
@@ -142,33 +91,6 @@ def _weight_row(i, n0, N, GATE: gl.constexpr):
             return n + half * (N // 2)
         else:
             return 2 * n + half
-
-
-@gluon.jit
-def _expect(x_desc, xs, ws, full, stage, ok):
-    BYTES: gl.constexpr = xs.shape[1] * 256 + ws.shape[1] * 64
-    mbarrier.expect(full.index(stage), BYTES, pred=ok)
-
-
-@gluon.jit
-def _fetch_words(w_desc, ws, full, stage, row, N, step, ok, GATE: gl.constexpr):
-    HALF: gl.constexpr = ws.shape[1] // 2
-    barrier = full.index(stage)
-    words = ws.index(stage)
-    if GATE == "halves":
-        gate = words.slice(0, HALF, 0)
-        up = words.slice(HALF, HALF, 0)
-        _load(w_desc, [row, step * 16], barrier, gate, pred=ok)
-        row_up = row + N // 2
-        _load(w_desc, [row_up, step * 16], barrier, up, pred=ok)
-    else:
-        _load(w_desc, [row, step * 16], barrier, words, pred=ok)
-
-
-@gluon.jit
-def _fetch_x(x_desc, xs, full, stage, row, step, ok):
-    at = [row, step * 128]
-    _load(x_desc, at, full.index(stage), xs.index(stage), pred=ok)
 
 
 @gluon.jit(do_not_specialize=["rows", "steps"])
@@ -196,14 +118,8 @@ def _grouped_hopper_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    DTYPE: gl.constexpr = x_desc.dtype
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
-    # an fp32 x is bf16 here, beside scales that are not
-    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
-    FAST: gl.constexpr = BF16 and zero_ptr is None
-    WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
     OUT: gl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -219,72 +135,31 @@ def _grouped_hopper_kernel(
         # rows behind the last expert are zero
         if expert < E:
             n0 = pid_n * OUT
-            w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
-            xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
-            ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
-            full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-            for s in gl.static_range(STAGES):
-                mbarrier.init(full.index(s), count=1)
-            fence_async_shared()
-            _barrier()
-            for s in gl.static_range(STAGES):
-                _expect(x_desc, xs, ws, full, s, s < steps)
-                _fetch_words(w_desc, ws, full, s, w_row, N, s, s < steps, GATE)
-                _fetch_x(x_desc, xs, full, s, first, s, s < steps)
-
-            i = gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(1, WORDS)))
             # experts are rows of one long matrix
-            row = expert.to(gl.int64) * N + _weight_row(i, n0, N, GATE)
-            scale = _groups(scale_ptr, row, 0, n_groups, GROUP, WHOLE_STEPS, WORDS)
-            zero = None
-            if zero_ptr is not None:
-                zero = _groups(zero_ptr, row, 0, n_groups, GROUP, WHOLE_STEPS, WORDS)
-            stage = 0
-            phase = 0
-            mbarrier.wait(full.index(0), 0)
-            words = _words(ws.index(0), WARPS, GATE)
-            words_a, words_b = _halves(words)
-            scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
-            following = gl.minimum(1, steps - 1)
-            scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-            if zero_ptr is not None:
-                zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-            z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
-            acc = warpgroup_mma(z_a, _x_half(xs.index(0), 0), acc, is_async=True)
-            acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
-            for step in range(1, steps):
-                z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, OPERAND)
-                acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
-                done = stage
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
-                mbarrier.wait(full.index(stage), phase)
-                words = _words(ws.index(stage), WARPS, GATE)
-                acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
-                words_a, words_b = _halves(words)
-                scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
-                # of the step after this one
-                following = gl.minimum(step + 1, steps - 1)
-                scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-                if zero_ptr is not None:
-                    zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS)
-                z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, OPERAND)
-                acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
-                acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
-                _barrier()
-                ahead = step - 1 + STAGES
-                _expect(x_desc, xs, ws, full, done, ahead < steps)
-                _fetch_words(w_desc, ws, full, done, w_row, N, ahead, ahead < steps, GATE)
-                _fetch_x(x_desc, xs, full, done, first, ahead, ahead < steps)
-            z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, OPERAND)
-            acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
-            acc, z_a, z_b = warpgroup_mma_wait(0, deps=[acc, z_a, z_b])
-            if FAST:
-                acc *= BF16_UNIT
-            elif DTYPE == gl.float16:
-                acc *= 1.0 / FP16_LIFT
+            w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
+            i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, False))
+            acc, _ = accumulate(
+                x_desc,
+                first,
+                w_desc,
+                w_row,
+                w_row + N // 2,
+                expert.to(gl.int64) * N + _weight_row(i, n0, N, GATE),
+                scale_ptr,
+                zero_ptr,
+                n_groups,
+                0,
+                steps,
+                steps,
+                BLOCK_N,
+                GROUP,
+                WHOLE_STEPS,
+                False,
+                GATE,
+                WARPS,
+                STAGES,
+                False,
+            )
             if bias_ptr is not None:
                 b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
                 bias = gl.load(bias_ptr + expert.to(gl.int64) * N + _weight_row(b, n0, N, GATE))
@@ -368,8 +243,8 @@ def multiply_grouped_hopper(
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
     _grouped_hopper_kernel[(triton.cdiv(n_out, out), tiles.shape[0])](
-        _descriptor(aligned_rows(x), [plan.block_m, 128], dtype),
-        _descriptor(words, [fetched, 16], gl.int32),
+        descriptor(aligned_rows(x), [plan.block_m, 128], dtype),
+        descriptor(words, [fetched, 16], gl.int32),
         order,
         tiles,
         y,

@@ -64,6 +64,7 @@ def _lower(
         "GROUP_N": 8,
         "GROUP": group,
         "WHOLE_STEPS": whole_steps,
+        "ACT_QUANT": False,
         "WARPS": tile.num_warps,
         "STAGES": tile.num_stages,
         "PDL": pdl,

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import functools
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 
-from tests.kernels.lowering.sass import Lowered, _main_loop
+from tests.kernels.lowering.sass import Lowered, lower, messages
 from w4tensor.dispatch_hopper import TILES
-
-gluon = pytest.importorskip("triton.experimental.gluon._runtime")
-
-from triton.experimental.gluon import language as gl  # noqa: E402
-
-from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel  # noqa: E402
+from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
 )
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # what launches leave out, each at its own type
 OPTIONAL = {"zero_ptr": "*fp16", "bias_ptr": "*bf16", "part_ptr": "*fp32", "flag_ptr": "*i64"}
 
 
 @functools.cache
-def lower(tile, group=32, act_quant=True, dtype="bf16", scale="bf16", given=(), whole=True):
-    """The kernel for sm_90 with a tile of dispatch_hopper.py -> code, PTX, messages of ptxas."""
+def built(
+    tile, group=32, act_quant=True, dtype="bf16", scale="bf16", given=(), whole=True
+) -> Lowered:
+    """The kernel for sm_90 with a tile of dispatch_hopper.py."""
     block_m, block_n, warps, stages = tile
     element = gl.bfloat16 if dtype == "bf16" else gl.float16
 
@@ -49,39 +41,12 @@ def lower(tile, group=32, act_quant=True, dtype="bf16", scale="bf16", given=(), 
         scale_ptr=f"*{scale}",
         token="i64",
     )
+    types = {n: types.get(n, "i32") for n in _gemm_hopper_kernel.arg_names}
     constants: dict[str, object] = dict(GROUP_N=8, WHOLE_STEPS=whole, GROUP=group, PDL=True)
     constants |= dict(ACT_QUANT=act_quant, WARPS=warps, STAGES=stages)
     constants |= {name: None for name in OPTIONAL if name not in given}
-    names = _gemm_hopper_kernel.arg_names
-    types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = ("y_ptr", "scale_ptr", "zero_ptr", "bias_ptr", "part_ptr", "flag_ptr", "N")
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants}
-    source = gluon.GluonASTSource(_gemm_hopper_kernel, types, constants, aligned)
-    target = GPUTarget("cuda", 90, 32)
-    built = triton.compile(source, target=target, options=dict(num_warps=warps))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(built.asm["cubin"])
-        ptx.write_text(built.asm["ptx"])
-        text = tool("cuobjdump", "-sass", cubin)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", cubin))
-        messages = tool("ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null")
-    assert usage is not None, "cuobjdump printed no resource usage"
-    code = Lowered(
-        opcodes=_main_loop(text),
-        registers=int(usage[1]),
-        stack=int(usage[2]),
-        shared=built.metadata.shared,
-        threads=32 * warps,
-        text=text,
-    )
-    return code, built.asm["ptx"], messages
-
-
-def tool(name: str, *args: str | Path) -> str:
-    done = subprocess.run([BIN / name, *args], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    unaligned = ("x_desc", "w_desc", "y_desc", "token", "M", "steps", "n_groups", "split_k")
+    return lower(_gemm_hopper_kernel, types, constants, warps, unaligned=unaligned)
 
 
 # instructions a weight in the main loop of an eight-warp or 64-row tile, and of one in which a warp
@@ -100,12 +65,12 @@ ALL_TILES = {(t.block_m, t.block_n, t.num_warps, t.num_stages): t.resident for t
 
 
 def check(tile, variant, **options):
-    code, _, messages = lower(tile, **options)
-    block_m, block_n, warps, _ = tile
+    code = built(tile, **options)
+    _, block_n, warps, _ = tile
     assert code.stack == 0, str(code)
     # weights stay in registers, and the matrix unit does not wait for each product
     assert code.count("STS", "STSM") == 0 and code.matrix == {"HGMMA"}, str(code)
-    assert "C75" not in messages, messages
+    assert "C75" not in messages(code), messages(code)
     budget = BUDGET[variant][block_n == 32 * warps] + ODD_K * (not options.get("whole", True))
     assert code.per_weight(block_n * 128) <= budget, (code.per_weight(block_n * 128), str(code))
     return code
@@ -139,13 +104,13 @@ def test_slices_of_k_and_rows_that_blocks_do_not_divide(variant):
 
 def test_signs_of_nibbles_cost_no_instruction():
     tile = (64, 128, 4, 4)
-    signed, plain = lower(tile, group=128)[0], lower(tile, group=128, act_quant=False)[0]
+    signed, plain = built(tile, group=128), built(tile, group=128, act_quant=False)
     assert signed.count("LOP3") == plain.count("LOP3")
     assert signed.instructions <= plain.instructions + 4, f"{signed}\n{plain}"
 
 
 @pytest.mark.parametrize("scale", ["bf16", "fp16", "fp32"])
 def test_only_scales_of_bf16_are_multiplied_as_bf16(scale):
-    _, ptx, _ = lower((64, 64, 4, 4), scale=scale)
+    ptx = built((64, 64, 4, 4), scale=scale).ptx
     # the factor that makes a subnormal of a code a normal number
     assert ("0x70007000" in ptx) == (scale == "bf16")

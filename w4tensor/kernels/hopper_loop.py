@@ -1,0 +1,390 @@
+"""The loop of Hopper's kernels, in Gluon: rows of dequant(W) times x, summed over steps of 128 k.
+
+What plain Triton does not say: the matrix unit works on one half of a step while the other half is
+being unpacked, so that it need not wait, nor need the unpacking.
+
+    unpack     | (j, k 64..127)  | (j + 1, k 0..63) | (j + 1, k 64..127) | ...
+    multiply   | (j, k 0..63)    | (j, k 64..127)   | (j + 1, k 0..63)   | ...
+
+Weights go from shared memory through registers to the matrix unit (wgmma's register operand); x and
+words come by the tensor memory accelerator, STAGES steps ahead.
+
+W is in the COALESCED format, or in ACT_QUANT with x in word order (kernels/unpack_act_quant.py):
+then word (t, i) of a step is of slice t, not i, and so are its scales; and nibbles are q ^ 8.
+
+With a GATE, half of the operand's rows are gate rows and half the up rows of the same outputs,
+eight and eight in turn, so that one thread has both sums of an output. In memory they stand apart:
+
+    halves         words of rows w_row .. and of rows up_row .., one below the other
+    interleaved    words of rows w_row .., gate and up in turn
+
+Gluon is young: this was written and run with Triton 3.6, and lowers alike with 3.7, 3.8 and 3.9,
+which renamed things.
+
+Scales of bf16 weights without zero points must be below 2**30: codes enter the multiplication as
+subnormal numbers, whose unit goes into the scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from w4tensor.kernels.unpack import FP16_LIFT, join8, unpack_scaled
+
+# 3.7 renamed the first, 3.8 the others
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+# a word $8, and pairs of scale * 2**97 and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once.
+# Each nibble, brought to bits 4..7 of its 16, is the subnormal q * 2**-129.
+_UNPACK_TEXT = """{
+    .reg .b32 a, b, c, d;
+    shl.b32 a, $8, 4;
+    shr.u32 c, $8, 4;
+    shr.u32 d, $8, 8;
+    lop3.b32 a, a, 0x00F000F0, MINUS_8, 0x6A;  // (a & mask) ^ MINUS_8
+    lop3.b32 b, $8, 0x00F000F0, MINUS_8, 0x6A;
+    lop3.b32 c, c, 0x00F000F0, MINUS_8, 0x6A;
+    lop3.b32 d, d, 0x00F000F0, MINUS_8, 0x6A;
+    fma.rn.bf16x2 a, a, $9, $10;
+    fma.rn.bf16x2 b, b, $9, $10;
+    fma.rn.bf16x2 c, c, $9, $10;
+    fma.rn.bf16x2 d, d, $9, $10;
+    mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
+}"""
+_UNPACK = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0"))
+_UNPACK_MINUS_8 = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0x00800080"))
+# 0x88888888: what makes q of the eight q - 8 of a word
+_EIGHTS = gl.constexpr(-0x77777778)
+_UNPACK_REGISTERS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
+_SCALES = gl.constexpr("""{
+    .reg .b32 s, up, down;
+    mov.b32 s, {$2, $2};
+    mov.b32 up, 0x70007000;
+    mov.b32 down, 0xB100B100;
+    mul.rn.bf16x2 $0, s, up;
+    mul.rn.bf16x2 $1, s, down;
+}""")
+BF16_UNIT = gl.constexpr(2.0**32)
+
+
+@gluon.constexpr_function
+def _layout_in_memory(rows, warps, gate):
+    """Words [BN, (t, i)] as they stand in shared memory: lane l of warp w has t = l % 4 of row
+    16 w + l / 4 of the operand, and of the one 8 below."""
+    below, lane, warp = {
+        "none": (8, 1, 16),
+        "halves": (rows // 2, 1, 8),
+        "interleaved": (1, 2, 16),
+    }[gate]
+    more = [[warp * warps, 0]] if rows > 16 * warps else []
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [below, 0]] + more,
+        lane_bases=[[0, 4], [0, 8], [lane, 0], [2 * lane, 0], [4 * lane, 0]],
+        warp_bases=[[warp * w, 0] for w in (1, 2, 4) if w < warps],
+        block_bases=[],
+        shape=[rows, 16],
+    )
+
+
+@gluon.constexpr_function
+def _layout_of_words(rows, warps):
+    """Words [BN, t, i], BN in the order of the operand."""
+
+    def apart(bases):
+        return [[n, word // 4, word % 4] for n, word in bases]
+
+    whole = _layout_in_memory(rows, warps, "none")
+    return gl.DistributedLinearLayout(
+        apart(whole.reg_bases), apart(whole.lane_bases), apart(whole.warp_bases), [], [rows, 4, 4]
+    )
+
+
+@gluon.constexpr_function
+def _across(act_quant):
+    """Of a step's words [BN, t, i], the dimension that groups do not run along."""
+    return 2 if act_quant else 1
+
+
+@gluon.constexpr_function
+def layout_of_rows(rows, warps, act_quant):
+    """Of the row numbers [BN] that accumulate() takes."""
+    words = _layout_of_words(rows, warps)
+    return gl.SliceLayout(1, gl.SliceLayout(_across(act_quant), words))
+
+
+@gluon.constexpr_function
+def layout_of_sums(warps, columns):
+    """Of what accumulate() returns."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.jit
+def _expect(xs, ws, full, stage, ok):
+    """Tell `full` of a stage how many bytes _fetch_words() and _fetch_x() bring."""
+    BYTES: gl.constexpr = xs.shape[1] * 256 + ws.shape[1] * 64
+    mbarrier.expect(full.index(stage), BYTES, pred=ok)
+
+
+@gluon.jit
+def _fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.constexpr):
+    words = ws.index(stage)
+    if GATE == "halves":
+        HALF: gl.constexpr = ws.shape[1] // 2
+        gate = words.slice(0, HALF, 0)
+        up = words.slice(HALF, HALF, 0)
+        load(w_desc, [w_row, step * 16], full.index(stage), gate, pred=ok)
+        load(w_desc, [up_row, step * 16], full.index(stage), up, pred=ok)
+    else:
+        load(w_desc, [w_row, step * 16], full.index(stage), words, pred=ok)
+
+
+@gluon.jit
+def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
+    load(x_desc, [x_row, step * 128], full.index(stage), xs.index(stage), pred=ok)
+
+
+@gluon.jit
+def _words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
+    """Words [BN, t, i] of a step."""
+    BN: gl.constexpr = stage.shape[0]
+    words = stage.load(_layout_in_memory(BN, WARPS, GATE))
+    if GATE == "halves":
+        words = words.reshape(2, BN // 16, 8, 16).permute(1, 0, 2, 3)
+    elif GATE == "interleaved":
+        words = words.reshape(BN // 16, 8, 2, 16).permute(0, 2, 1, 3)
+    words = words.reshape(BN, 4, 4)
+    return gl.convert_layout(words, _layout_of_words(BN, WARPS), assert_trivial=True)
+
+
+@gluon.jit
+def _halves(words):
+    """[BN, t, i] -> [R, t, i % 2] of k 0..63 and of k 64..127."""
+    BN: gl.constexpr = words.shape[0]
+    return words.reshape(BN, 4, 2, 2).permute(0, 1, 3, 2).split()
+
+
+@gluon.jit
+def _groups(
+    ptr,
+    row,
+    step,
+    n_groups,
+    # 0 where the row is one group
+    GROUP: gl.constexpr,
+    WHOLE_STEPS: gl.constexpr,
+    WORDS: gl.constexpr,
+    # of [BN, t, i]: that which groups do not run along
+    ACROSS: gl.constexpr,
+):
+    """Scales or zero points of a step: [BN, 1, 1], or with one of t and i where slices differ."""
+    if GROUP == 0 or GROUP >= 128:
+        at = row * n_groups if GROUP == 0 else row * n_groups + step // (GROUP // 128)
+        return gl.load(ptr + at).expand_dims(1).expand_dims(ACROSS)
+    else:
+        of_step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(ACROSS, WORDS)))
+        group = (step * (128 // GROUP) + of_step // (GROUP // 32)).expand_dims(0)
+        first = (row * n_groups).expand_dims(1)
+        if WHOLE_STEPS:
+            # one load of four neighbours
+            first = gl.multiple_of(first, [128 // GROUP, 128 // GROUP])
+        else:
+            group = gl.minimum(group, n_groups - 1)
+        return gl.load(ptr + (first + group)).expand_dims(ACROSS)
+
+
+@gluon.jit
+def _operand(
+    words,
+    scale,
+    zero,
+    DTYPE: gl.constexpr,
+    FAST: gl.constexpr,
+    ACT_QUANT: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """Words [BN, t, i] of 64 k, and that half of what _prepare() made -> weights [BN, 64]."""
+    BN: gl.constexpr = words.shape[0]
+    if FAST:
+        e0, e1, e2, e3, e4, e5, e6, e7 = gl.inline_asm_elementwise(
+            _UNPACK_MINUS_8 if ACT_QUANT else _UNPACK,
+            _UNPACK_REGISTERS,
+            [words, scale, zero],
+            dtype=(gl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        if ACT_QUANT:
+            words = words ^ _EIGHTS
+        e0, e1, e2, e3, e4, e5, e6, e7 = unpack_scaled(words, scale, scale, zero, zero, DTYPE, True)
+    # [BN, t, i, p, q', r]
+    z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
+    z = z.permute(0, 2, 3, 4, 1, 5).reshape(BN, 64)
+    return gl.convert_layout(z, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _prepare(scale, zero, words, FAST: gl.constexpr):
+    """A step's scales and zero points in the shape of its words, as _operand() wants them."""
+    if FAST:
+        first, second = gl.inline_asm_elementwise(
+            _SCALES, "=r,=r,h", [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        first = first.broadcast_to(words.shape)
+        second = second.broadcast_to(words.shape)
+    else:
+        first = scale.to(gl.float32).broadcast_to(words.shape)
+        if zero is None:
+            second = gl.full(words.shape, 8.0, gl.float32, words.type.layout)
+        else:
+            second = zero.to(gl.float32).broadcast_to(words.shape)
+    scale_a, scale_b = _halves(first)
+    zero_a, zero_b = _halves(second)
+    return scale_a, scale_b, zero_a, zero_b
+
+
+@gluon.jit
+def _x_half(stage, HALF: gl.constexpr):
+    """k 64 * HALF .. of x [BLOCK_M, 128] -> [64, BLOCK_M]."""
+    return stage.slice(HALF * 64, 64, 1).permute((1, 0))
+
+
+@gluon.jit
+def accumulate(
+    x_desc,
+    x_row,
+    w_desc,
+    w_row,
+    up_row,
+    row,
+    scale_ptr,
+    zero_ptr,
+    n_groups,
+    begin,
+    end,
+    steps,
+    BLOCK_N: gl.constexpr,
+    # 0 where the row is one group
+    GROUP: gl.constexpr,
+    # whether K is a multiple of a step
+    WHOLE_STEPS: gl.constexpr,
+    # whether W is in this format, or in COALESCED
+    ACT_QUANT: gl.constexpr,
+    GATE: gl.constexpr,
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
+
+    x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
+        "halves". row [BN]: of the scales and zero points, for each row of the operand.
+    """
+    DTYPE: gl.constexpr = x_desc.dtype
+    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
+    # an fp32 x is bf16 here, beside scales that are not
+    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
+    FAST: gl.constexpr = BF16 and zero_ptr is None
+    WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
+    ACROSS: gl.constexpr = _across(ACT_QUANT)
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+    fence_async_shared()
+    barrier()
+    for s in gl.static_range(STAGES):
+        ok = begin + s < end
+        _expect(xs, ws, full, s, ok)
+        _fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
+    if PDL:
+        # weights are nobody's output; x is that of the kernel before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for s in gl.static_range(STAGES):
+        _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
+
+    scale = _groups(scale_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+    zero = None
+    if zero_ptr is not None:
+        zero = _groups(zero_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+    stage = 0
+    phase = 0
+    mbarrier.wait(full.index(0), 0)
+    words = _words(ws.index(0), WARPS, GATE)
+    words_a, words_b = _halves(words)
+    scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
+    following = gl.minimum(begin + 1, steps - 1)
+    scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+    if zero_ptr is not None:
+        zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+    z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+    acc = warpgroup_mma(z_a, _x_half(xs.index(0), 0), acc, is_async=True)
+    acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
+    for step in range(begin + 1, end):
+        z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+        acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
+        done = stage
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        mbarrier.wait(full.index(stage), phase)
+        words = _words(ws.index(stage), WARPS, GATE)
+        acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
+        words_a, words_b = _halves(words)
+        scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
+        # of the step after this one
+        following = gl.minimum(step + 1, steps - 1)
+        scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+        if zero_ptr is not None:
+            zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
+        z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+        acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
+        acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
+        barrier()
+        ahead = step - 1 + STAGES
+        _expect(xs, ws, full, done, ahead < end)
+        _fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
+        _fetch_x(x_desc, xs, full, done, x_row, ahead, ahead < end)
+    z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+    acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
+    acc, z_a, z_b = warpgroup_mma_wait(0, deps=[acc, z_a, z_b])
+    if FAST:
+        acc *= BF16_UNIT
+    elif DTYPE == gl.float16:
+        acc *= 1.0 / FP16_LIFT
+    return acc, xs
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x [M, K] (K a multiple of 8), or a copy that the tensor memory accelerator can read."""
+    # rows of an expanded x are 0 apart
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
+    if apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor(t: Tensor, block: list[int], dtype: gl.dtype) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
