@@ -136,6 +136,39 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
     assert us <= min(predicted_us(problem, tile, 1, 132) for tile in fits)
 
 
+@given(problems())
+def test_hopper_serves_what_its_copies_can_read(problem):
+    served = dispatch_hopper.serves(problem, H200)
+    whole_row = problem.group_size == problem.k
+    readable = problem.k % 8 == 0 and (problem.group_size >= 32 or whole_row)
+    assert served == (problem.batch == 1 and readable)
+    for other in (A100, Arch((12, 0), 170, (3, 9))):
+        assert not dispatch_hopper.serves(problem, other)
+    if problem.act != "int8":
+        assert served or not isinstance(plan(problem, H200), HopperPlan)
+
+
+@given(st.integers(1, 300_000), st.integers(1, 300), st.integers(1, 8191))
+def test_slices_are_few_enough(n, blocks, m):
+    p = dispatch_hopper.plan_hopper(Problem(m, n, 128 * blocks, 128, "bf16"), H200)
+    assert p.split_k in dispatch_hopper.SPLITS
+    assert p.split_k == 1 or blocks >= dispatch_hopper.MIN_STEPS * p.split_k
+    # sums of 256 tokens and those of another slice do not fit the registers
+    assert p.split_k == 1 or p.block_m < 256
+    # no tile of which more than half would be empty
+    assert p.block_m < 2 * max(m, 8)
+
+
+def test_finer_scales_cost_time_and_nothing_is_faster_than_the_read():
+    for tile in TILES:
+        coarse, fine = (Problem(512, 8192, 8192, group, "bf16") for group in (128, 32))
+        assert predicted_us(coarse, tile, 1, 132) <= predicted_us(fine, tile, 1, 132)
+        one = Problem(1, 100_000, 8192, 128, "bf16")
+        read_us = one.n * one.k * (0.5 + 2 / 128) / dispatch_hopper.READ_BYTES
+        # on a card of any number of multiprocessors
+        assert predicted_us(one, tile, 1, 100_000) == read_us
+
+
 def test_predicted_time_grows_with_each_size():
     def us(m: int, n: int, k: int) -> float:
         problem = Problem(m, n, k, 128, "bf16")

@@ -156,5 +156,5 @@ def test_scales_that_are_not_bf16_beside_an_fp32_x(scale):
 
 def test_ptxas_says_when_it_must_order_products_itself():
     code = _lower(TILES[7])
-    unordered = re.sub(r"wgmma\.fence\.sync\.aligned;", "", code.ptx)
-    assert "C7519" in messages(replace(code, ptx=unordered))
+    unordered = re.sub(r"wgmma\.wait_group\.sync\.aligned \d;", "", code.ptx)
+    assert "C7517" in messages(replace(code, ptx=unordered))
