@@ -38,6 +38,9 @@ def check(m, n, k, group_size, act_group_size, zero, dtype=torch.bfloat16, bias=
     assert y.shape == (m, n) and y.dtype == dtype
     # only the rounding of the output, and fp32 sums, may differ from the definition
     budget = {torch.bfloat16: 3e-3, torch.float16: 6e-4}[dtype]
+    if y.numel() < 64:
+        # rounding errors of so few numbers need not average out
+        budget = max(budget, torch.finfo(dtype).eps / 2)
     error = rel_err(y, definition(x, w, b))
     assert error <= budget, (m, n, k, group_size, act_group_size, zero, error)
     assert torch.equal(y, F.linear(x, w, b)), "two runs differ"

@@ -31,14 +31,12 @@ def test_an_eager_call_and_the_operator_are_the_same_product(weight, x):
         F.linear(x.cpu(), weight)
 
 
-def test_gradients_and_transforms_go_through_the_operator(weight, x):
+def test_a_gradient_goes_through_the_operator(weight, x):
     leaf = x.clone().requires_grad_()
     F.linear(leaf, weight).sum().backward()
     assert leaf.grad is not None
     expected = weight.dequantize().float().sum(0).expand(5, -1)
     torch.testing.assert_close(leaf.grad.float(), expected, rtol=2e-2, atol=2e-2)
-    grad = torch.func.grad(lambda v: F.linear(v, weight).sum())(x)
-    assert torch.equal(grad, leaf.grad)
 
 
 def test_a_mode_sees_the_operator(weight, x):
