@@ -132,7 +132,7 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
         == (p.block_m, p.block_n, p.num_warps, p.num_stages)
     )
     us = predicted_us(problem, chosen, p.split_k, 132)
-    fits = [tile for tile in TILES if tile.block_m < 2 * max(m, 8)]
+    fits = [tile for tile in TILES if tile.block_m < 2 * max(m, 8) and tile.block_m <= max(m, 64)]
     assert us <= min(predicted_us(problem, tile, 1, 132) for tile in fits)
 
 
@@ -156,7 +156,7 @@ def test_slices_are_few_enough(n, blocks, m):
     # sums of 256 tokens and those of another slice do not fit the registers
     assert p.split_k == 1 or p.block_m < 256
     # no tile of which more than half would be empty
-    assert p.block_m < 2 * max(m, 8)
+    assert p.block_m < 2 * max(m, 8) and p.block_m <= max(m, 64)
 
 
 def test_finer_scales_cost_time_and_nothing_is_faster_than_the_read():

@@ -27,6 +27,19 @@ BATCHED_TOKENS = 16
 # limit and alpha of the operator's clamped_swiglu
 CLAMPED_SWIGLU = (7.0, 1.702)
 
+# transformers.integrations.moe and transformers.activations, once _import_transformers() ran:
+# Dynamo traces what is below, and up to PyTorch 2.11 no import of a lazy module
+_moe: Any = None
+_activations: Any = None
+
+
+def _import_transformers() -> None:
+    global _moe, _activations
+    from transformers import activations
+    from transformers.integrations import moe
+
+    _moe, _activations = moe, activations
+
 
 def is_transposed(module: nn.Module, weight: Tensor) -> bool:
     """Whether `module` holds its stacked `weight` as [E, K, N]."""
@@ -55,11 +68,9 @@ def fused_form(module: Any) -> tuple[str, str] | str:
         return "a norm follows its experts"
     if not module.has_gate:
         return _with_activation("none", module)
-    from transformers.integrations import moe
-
     # the functions themselves: a class may define a gate of any name and meaning
     gate = type(module)._apply_gate
-    if gate is moe._default_apply_gate:
+    if gate is _moe._default_apply_gate:
         return _with_activation("halves", module)
     if gate is getattr(_class_of("gpt_oss", "GptOssExperts"), "_apply_gate", None):
         if (module.limit, module.alpha) == CLAMPED_SWIGLU:
@@ -73,16 +84,14 @@ def _weights(module: Any) -> tuple[Any, Any]:
 
 
 def _with_activation(gate: str, module: Any) -> tuple[str, str] | str:
-    from transformers import activations
-
     act_fn = module.act_fn
-    if act_fn is nn.functional.silu or isinstance(act_fn, (nn.SiLU, activations.SiLUActivation)):
+    if act_fn is nn.functional.silu or isinstance(act_fn, (nn.SiLU, _activations.SiLUActivation)):
         return gate, "silu"
-    if isinstance(act_fn, activations.GELUActivation):
+    if isinstance(act_fn, _activations.GELUActivation):
         return gate, "gelu"
-    if isinstance(act_fn, (activations.GELUTanh, activations.NewGELUActivation)):
+    if isinstance(act_fn, (_activations.GELUTanh, _activations.NewGELUActivation)):
         return gate, "gelu_tanh"
-    if isinstance(act_fn, activations.ReLUSquaredActivation):
+    if isinstance(act_fn, _activations.ReLUSquaredActivation):
         return gate, "relu2"
     return "its activation is none of silu, gelu, gelu_tanh and relu2"
 
@@ -111,20 +120,17 @@ def experts_forward(
 
 
 def _built_in(hidden_states: Tensor) -> Any:
-    from transformers.integrations import moe
-
     if hidden_states.device.type != "cpu" and hidden_states.shape[0] <= BATCHED_TOKENS:
-        return moe.batched_mm_experts_forward
-    return moe.grouped_mm_experts_forward
+        return _moe.batched_mm_experts_forward
+    return _moe.grouped_mm_experts_forward
 
 
 def register() -> None:
     """Make "w4tensor" known to transformers, and our tensors to its own grouped product."""
-    from transformers.integrations import moe
-
-    if IMPLEMENTATION in moe.ALL_EXPERTS_FUNCTIONS:
+    _import_transformers()
+    if IMPLEMENTATION in _moe.ALL_EXPERTS_FUNCTIONS:
         return
-    moe.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+    _moe.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     # under torch.compile grouped_mm calls it for weights that are not bf16
     fallback = torch.ops.transformers.grouped_mm_fallback
     for cls in (CudaCoalescedInt4Tensor, Int4ActQuantTensor):
@@ -163,6 +169,8 @@ def choose(module: Any) -> None:
 
 def path_of(module: Any) -> str:
     """What multiplies by the int4 experts of `module`, and why."""
+    if hasattr(module, "has_gate"):
+        _import_transformers()
     form = fused_form(module)
     if not hasattr(module, "has_gate"):
         return f"experts: {form}"
