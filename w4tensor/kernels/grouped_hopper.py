@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from w4tensor.kernels.gate import activate, gated
+from w4tensor.kernels.grouped import tile_rows
 from w4tensor.kernels.hopper_loop import (
     accumulate,
     aligned_rows,
@@ -79,20 +80,6 @@ def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -
     return out
 
 
-@gluon.jit
-def _weight_row(i, n0, N, GATE: gl.constexpr):
-    """Row of W for row i of the operand, kept inside N."""
-    if GATE == "none":
-        return gl.minimum(n0 + i, N - 1)
-    else:
-        n = gl.minimum(n0 + i // 16 * 8 + i % 8, N // 2 - 1)
-        half = i // 8 % 2
-        if GATE == "halves":
-            return n + half * (N // 2)
-        else:
-            return 2 * n + half
-
-
 @gluon.jit(do_not_specialize=["rows", "steps"])
 def _grouped_hopper_kernel(
     x_desc,
@@ -144,7 +131,7 @@ def _grouped_hopper_kernel(
                 w_desc,
                 w_row,
                 w_row + N // 2,
-                expert.to(gl.int64) * N + _weight_row(i, n0, N, GATE),
+                expert.to(gl.int64) * N + tile_rows(pid_n, i, N, BLOCK_N, GATE),
                 scale_ptr,
                 zero_ptr,
                 n_groups,
@@ -162,7 +149,9 @@ def _grouped_hopper_kernel(
             )
             if bias_ptr is not None:
                 b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-                bias = gl.load(bias_ptr + expert.to(gl.int64) * N + _weight_row(b, n0, N, GATE))
+                bias = gl.load(
+                    bias_ptr + expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
+                )
                 acc += bias.to(gl.float32).expand_dims(1)
         _store(acc, y_ptr, order_ptr, pid_n, first, end, N, SCATTER, GATE, ACT)
 

@@ -22,11 +22,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA", "OMMA", "QMMA")
+
+
+_DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}
+
+
+def descriptor(block: list[int], dtype: str) -> str:
+    """The type of a Gluon tensor descriptor with its default layout, for a signature of lower()."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from dataclasses import replace
 
 import pytest
 import triton
-from triton.experimental.gluon import language as gl
 
-from tests.kernels.lowering.sass import Lowered, lower, messages
+from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import TILES, HopperTile
 from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel
 
@@ -25,12 +24,6 @@ pytestmark = pytest.mark.skipif(
 # of a Hopper multiprocessor
 REGISTERS = 65536
 SHARED_BYTES = 227 * 1024
-DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}
-
-
-def _descriptor(block: list[int], dtype: str) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
-    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 @functools.cache
@@ -48,9 +41,9 @@ def _lower(
     whole_steps: bool = True,
 ) -> Lowered:
     signature = {
-        "x_desc": _descriptor([tile.block_m, 128], dtype),
-        "w_desc": _descriptor([tile.block_n, 16], "i32"),
-        "y_desc": _descriptor([tile.block_m, tile.block_n], dtype),
+        "x_desc": descriptor([tile.block_m, 128], dtype),
+        "w_desc": descriptor([tile.block_n, 16], "i32"),
+        "y_desc": descriptor([tile.block_m, tile.block_n], dtype),
         "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{scale or dtype}",
         "zero_ptr": f"*{zero}",

@@ -7,9 +7,8 @@ import re
 
 import pytest
 import triton
-from triton.experimental.gluon import language as gl
 
-from tests.kernels.lowering.sass import Lowered, lower, messages
+from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_experts import HOPPER_MANY_ROWS, HOPPER_ROWS, HopperGroupedPlan
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
 
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.skipif(
 TILES = [HopperGroupedPlan(*tile) for _, tile in HOPPER_ROWS] + [
     HopperGroupedPlan(*HOPPER_MANY_ROWS)
 ]
-DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}
-
-
-def _descriptor(block: list[int], dtype: str) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
-    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 @functools.cache
@@ -41,8 +34,8 @@ def _lower(
 ) -> Lowered:
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
-        "x_desc": _descriptor([plan.block_m, 128], dtype),
-        "w_desc": _descriptor([fetched, 16], "i32"),
+        "x_desc": descriptor([plan.block_m, 128], dtype),
+        "w_desc": descriptor([fetched, 16], "i32"),
         "order_ptr": "*i32",
         "tiles_ptr": "*i32",
         "y_ptr": f"*{dtype}",
