@@ -10,8 +10,8 @@ programs on S multiprocessors, of K / 128 / split_k steps, and FILL more for the
 
 and never less than reading the weights at READ_BYTES. The tile and the split with the least
 predicted time are taken. The constants were fitted to benchmarks/results/tune.csv, the times of
-every tile on an H200; `python -m benchmarks.tune --regret` says what the rule loses to the best
-measured tile, on shapes that it was fitted to and on shapes that it was not.
+every tile on an H200; `python -m benchmarks.tune --regret` of that file says what the rule loses to
+the best measured tile.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,6 +65,14 @@ def _plan_experts(device: int, problem: ExpertsProblem) -> ExpertsPlan | None:
     return plan_experts(problem, target)
 
 
+def _whole_rows(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What kernels read. Slices along K are strided, and copied."""
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    return qdata.contiguous(), scale.contiguous(), zero_point
+
+
 def _stack(
     qdata: Tensor,
     scale: Tensor,
@@ -72,9 +81,8 @@ def _stack(
     bias: Tensor | None = None,
     act_group_size: int | None = None,
 ) -> moe.Stack:
-    """Whole rows for the kernels: slices along K are strided, biases may be of N."""
-    qdata, scale = qdata.contiguous(), scale.contiguous()
-    zero_point = None if zero_point is None else zero_point.contiguous()
+    """Stacked weights as kernels take them; a bias may be a slice of N."""
+    qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     bias = None if bias is None else bias.contiguous()
     return moe.Stack(qdata, scale, zero_point, group_size, bias, act_group_size)
 
@@ -102,9 +110,12 @@ def coalesced_linear(
     x3 = _sixteen_bit(x if stacked else x.reshape(1, -1, k))
     e, m, _ = x3.shape
     plan = _plan(x.device.index, m, n, k, group_size, _ACT_NAMES[x3.dtype], zero_point is None, e)
-    # slices along K are strided; kernels read whole rows
-    qdata, scale = qdata.contiguous(), scale.contiguous()
-    zero_point = None if zero_point is None else zero_point.contiguous()
+    given = qdata, scale, zero_point
+    qdata, scale, zero_point = _whole_rows(*given)
+    copied = any(a is not b for a, b in zip((qdata, scale, zero_point), given, strict=True))
+    if copied and isinstance(plan, (DecodePlan, HopperPlan)):
+        # a dependent launch reads weights while the kernel ahead, which is the copy, still writes
+        plan = replace(plan, pdl=False)
     if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         return y.copy_(reference.linear(x, w, bias))
@@ -221,7 +232,9 @@ def experts(
     inter = second.scale.shape[-1] * second.group_size
     if 0 in (*ids.shape, n_experts):
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    sizes = n_experts, hidden, inter, first.group_size, first.act_group_size
+    # tiles that refuse the finer groups refuse the block
+    group_size = min(first.group_size, second.group_size)
+    sizes = n_experts, hidden, inter, group_size, first.act_group_size
     plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
     if plan is None:
         return None
@@ -246,8 +259,8 @@ def act_quant_linear(
     e, m, _ = x3.shape
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
-    qdata, scale = qdata.contiguous(), scale.contiguous()
-    zero_point = None if zero_point is None else zero_point.contiguous()
+    # a quantising launch stands between a copy and what may start before its predecessor is done
+    qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     if isinstance(plan, ActQuantHopperPlan):
         rounded = round_activation(x3, act_group_size, word_order=True, pdl=plan.gemm.pdl)[0]
         y2 = y.view(m, n)

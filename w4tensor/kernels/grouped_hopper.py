@@ -80,7 +80,7 @@ def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -
     return out
 
 
-@gluon.jit(do_not_specialize=["rows", "steps"])
+@gluon.jit(do_not_specialize=["steps"])
 def _grouped_hopper_kernel(
     x_desc,
     w_desc,

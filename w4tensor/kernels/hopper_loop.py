@@ -172,7 +172,7 @@ def _words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
 
 @gluon.jit
 def _halves(words):
-    """[BN, t, i] -> [R, t, i % 2] of k 0..63 and of k 64..127."""
+    """[BN, t, i] -> [BN, t, i % 2] of k 0..63 and of k 64..127."""
     BN: gl.constexpr = words.shape[0]
     return words.reshape(BN, 4, 2, 2).permute(0, 1, 3, 2).split()
 

@@ -1,0 +1,60 @@
+"""What launch.py decides beside the plan. Kernels are replaced: no device is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from w4tensor import arch, launch, moe
+from w4tensor.dispatch import Arch, DecodePlan
+from w4tensor.dispatch_experts import GroupedPlan, HopperGroupedPlan
+from w4tensor.dispatch_hopper import HopperPlan
+from w4tensor.layout import COALESCED
+from w4tensor.testing import random_codes
+
+
+@pytest.fixture
+def plans(monkeypatch) -> list:
+    """The plans that would have run on an H200."""
+    target = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    monkeypatch.setattr(arch, "current", lambda device=None: target)
+    seen: list = []
+    monkeypatch.setattr(launch, "run_coalesced", lambda plan, *rest: seen.append(plan))
+    monkeypatch.setattr(moe, "experts", lambda *operands: seen.append(operands[5]) or operands[0])
+    caches = launch._plan, launch._plan_experts
+    for cache in caches:
+        cache.cache_clear()
+    yield seen
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("zero_point", ["symmetric", "fractional"])
+@pytest.mark.parametrize("m,kind", [(1, DecodePlan), (40, HopperPlan)])
+def test_weights_that_were_just_copied_are_not_read_early(plans, m, kind, zero_point):
+    codes = random_codes(64, 512, group_size=128, zero_point=zero_point)
+    weight = COALESCED.pack(codes.q), codes.scale, codes.zero_point
+    x = torch.randn(m, 256, dtype=codes.scale.dtype)
+    # K is cut: rows of the fields are strided
+    cut = [None if t is None else t[:, t.shape[1] // 2 :] for t in weight]
+    launch.coalesced_linear(x, *cut, None, 128)
+    whole = [None if t is None else t.contiguous() for t in cut]
+    launch.coalesced_linear(x, *whole, None, 128)
+    assert [type(plan) for plan in plans] == [kind, kind]
+    assert [plan.pdl for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "first,second,kind",
+    [(128, 128, HopperGroupedPlan), (128, 16, GroupedPlan), (16, 128, GroupedPlan)],
+)
+def test_the_finer_groups_of_two_stacks_decide(plans, first, second, kind):
+    def stack(rows, group_size):
+        codes = random_codes(4, rows, 128, group_size=group_size)
+        qdata = COALESCED.pack(codes.q)
+        return qdata, codes.scale, codes.zero_point, group_size, None, None
+
+    x = torch.randn(64, 128, dtype=torch.bfloat16)
+    ids, weight = torch.zeros(64, 2, dtype=torch.int64), torch.ones(64, 2)
+    launch.experts(x, ids, weight, stack(256, first), stack(128, second), "halves", "silu")
+    assert isinstance(plans[0].first, kind) and isinstance(plans[0].second, kind)
