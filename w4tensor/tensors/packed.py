@@ -188,6 +188,20 @@ class PackedInt4(_Base):
         w = reference.dequantize(*self.to_codes()).to(output_dtype or self.dtype)
         return w.mT if self.transposed else w
 
+    # Compiled code asks every weight for these at every call: torchao's flatten, and the way through
+    # __torch_function__ and back, cost a model of 200 weights milliseconds a token.
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        data = ["qdata", "scale"] if self.zero_point is None else ["qdata", "scale", "zero_point"]
+        names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
+        return data, {name: getattr(self, name) for name in names}
+
+    def size(self, *args, **kwargs):
+        return torch._C._disabled_torch_function_impl(Tensor.size, (), (self, *args), kwargs)
+
+    def stride(self, *args, **kwargs):
+        return torch._C._disabled_torch_function_impl(Tensor.stride, (), (self, *args), kwargs)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         handlers = cls._TORCH_FN_TABLE[cls]
@@ -261,14 +275,6 @@ class PackedInt4(_Base):
             return self.zero_point
         return torch.full_like(self.scale, SYMMETRIC_ZERO_POINT, dtype=ZERO_POINT_DTYPES[0])
 
-    def __getattr__(self, name: str):
-        if name in _FOREIGN_FIELDS:
-            raise _ForeignField(
-                f"{type(self).__name__} has no {name!r}: its bytes are not those of torchao's int4 "
-                "tensors and their routes cannot read them; use F.linear, or dequantize() first"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __matmul__(self, other: Tensor) -> Tensor:
         return torch.matmul(self, other)  # type: ignore[call-overload]
 
@@ -287,6 +293,21 @@ class PackedInt4(_Base):
 
     def _stable_hash_for_caching(self) -> str:
         return repr(self)
+
+
+def _foreign(name: str) -> property:
+    def refuse(self):
+        raise _ForeignField(
+            f"{type(self).__name__} has no {name!r}: its bytes are not those of torchao's int4 "
+            "tensors and their routes cannot read them; use F.linear, or dequantize() first"
+        )
+
+    return property(refuse)
+
+
+# not through __getattr__: that would make every absent attribute dear, and Dynamo asks for some
+for _name in _FOREIGN_FIELDS:
+    setattr(PackedInt4, _name, _foreign(_name))
 
 
 def _refuse(name: str) -> Callable:
