@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import ceilings, timing
-from w4tensor import arch, dispatch, launch
+from w4tensor import arch, dispatch, dispatch_hopper, launch
 from w4tensor.dispatch import Arch, DecodePlan, DequantPlan, GemmPlan, Problem
-from w4tensor.dispatch_hopper import MIN_STEPS, SPLITS, TILES, HopperPlan
+from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.layout import COALESCED
 from w4tensor.testing import random_codes, rel_err
 
@@ -59,24 +59,18 @@ class Point(NamedTuple):
 def candidates(p: Point, target: Arch) -> list:
     """Plans that may be the best for `p`, dispatch's own among them."""
     plans: list = []
-    steps = -(-p.k // 128)
-    sms = target.num_sms
     if p.m <= 4:
         plans += _decode_plans(p, target)
-    for tile, split in itertools.product(TILES, SPLITS):
-        programs = -(-p.n // tile.block_n) * -(-p.m // tile.block_m) * split
-        if tile.block_m >= 2 * max(p.m, 8) or 8 * tile.block_m < min(p.m, 1024):
+    for tile, split_k, whole in dispatch_hopper.candidates(p.problem, target.num_sms):
+        # far too small a tile, or far too many slices
+        if tile.block_m < min(p.m, 64) / 2 or 8 * tile.block_m < min(p.m, 1024):
             continue
-        if tile.block_m < min(p.m, 64) / 2:
-            continue
-        if split > 1 and (steps < MIN_STEPS * split or programs > 2 * tile.resident * sms):
-            continue
-        # its sums and those of another slice do not fit the registers
-        if split > 1 and tile.block_m > 128:
+        tiles = -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
+        if split_k > 1 and (tiles - whole) * split_k > 2 * tile.resident * target.num_sms:
             continue
         for pdl in (False, True) if p.m < 64 else (True,):
             shape = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
-            plans.append(HopperPlan(*shape, split, pdl=pdl))
+            plans.append(HopperPlan(*shape, split_k, whole, pdl=pdl))
     if p.m >= 1024:
         rows = dispatch.workspace_rows(p.problem)
         plans += [DequantPlan(rows), DequantPlan(max(256, rows // 512 * 256))]
@@ -111,19 +105,19 @@ def _weight(n: int, k: int, group_size: int, zero: str) -> tuple[tuple, Tensor]:
 
 
 def _job(plan, p: Point) -> tuple:
-    """What compiles apart: of the slices of K, whether there are any."""
+    """What compiles apart: of the slices of K, whether there are any; and of M, up to a tile."""
     if isinstance(plan, HopperPlan):
-        plan = dataclasses.replace(plan, split_k=min(plan.split_k, 2))
-    return plan, p.group_size, p.zero
+        plan = dataclasses.replace(plan, split_k=min(plan.split_k, 2), whole=0)
+    return plan, p.group_size, p.zero, min(p.m, plan.block_m)
 
 
 def check(job: tuple) -> tuple[tuple, str]:
     """Compile a plan and try it on a narrow weight: the job, and what was wrong with it."""
-    plan, group_size, zero = job
+    plan, group_size, zero, m = job
     try:
         group_size = min(group_size, CHECKED_K)
         weight, w = _weight(CHECKED_ROWS, CHECKED_K, group_size, zero)
-        x = torch.randn(plan.block_m, CHECKED_K, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(m, CHECKED_K, device="cuda", dtype=torch.bfloat16)
         y = torch.full((len(x), CHECKED_ROWS), torch.nan, device="cuda", dtype=x.dtype)
         run(plan, x, weight, y, group_size)
         error = rel_err(y, x.double() @ w.double().T)

@@ -16,6 +16,7 @@ the best measured tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from w4tensor.dispatch import HOPPER, Arch, Problem
@@ -25,9 +26,6 @@ __all__ = ["TILES", "HopperPlan", "HopperTile", "plan_hopper"]
 SPLITS = (1, 2, 3, 4, 6, 8)
 # steps of a slice below which starting it costs more than it saves
 MIN_STEPS = 3
-# a tile of more tokens than this has to be full (4096 x 4096: 20.6 us for 65 tokens in a tile of
-# 128, 11.3 for 128)
-MOST_EMPTY = 64
 # what the partial sums of a split may take
 WORKSPACE_BYTES = 32 << 20
 
@@ -37,7 +35,8 @@ class HopperPlan:
     """One launch of kernels/gemm_hopper.py.
 
     Fields:
-        block_m, block_n: tokens and rows of a program. split_k: slices of K.
+        block_m, block_n: tokens and rows of a program.
+        split_k: slices of K. whole: of how many tiles K is not cut, those that fill the card.
         group_n: row tiles that share x in L2.
         pdl: start under programmatic dependent launch and read weights before the kernel ahead is
             done.
@@ -48,12 +47,14 @@ class HopperPlan:
     num_warps: int
     num_stages: int
     split_k: int = 1
+    whole: int = 0
     group_n: int = 8
     pdl: bool = False
 
     @property
     def name(self) -> str:
-        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}"
+        after = f" after {self.whole}" if self.whole else ""
+        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}{after}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,15 @@ TILES = (
     HopperTile(32, 128, 4, 4, resident=2, alone=0.424, shared=0.373),
     HopperTile(64, 64, 4, 4, resident=2, alone=0.410, shared=0.259),
     HopperTile(64, 128, 4, 4, resident=2, alone=0.481, shared=0.466),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.430, shared=0.380),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.440, shared=0.320),
+    HopperTile(96, 128, 4, 3, resident=2, alone=0.620, shared=0.600),
     HopperTile(128, 64, 4, 3, resident=2, alone=0.457, shared=0.372),
     HopperTile(128, 64, 4, 4, resident=1, alone=0.434, shared=0.433),
     HopperTile(128, 128, 8, 3, resident=1, alone=0.745, shared=0.694),
-    # its sums and those of another slice do not fit the registers: one slice only
+    HopperTile(192, 64, 4, 2, resident=2, alone=0.650, shared=0.540),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.620, shared=0.620),
+    HopperTile(192, 128, 8, 3, resident=1, alone=1.040, shared=1.040),
     HopperTile(256, 128, 8, 3, resident=1, alone=1.337, shared=1.337),
 )
 FILL = 2.28
@@ -114,48 +120,52 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     >>> plan_hopper(p, h200).name
     'gemm 256x128/1'
     """
-    choices = (
-        (predicted_us(p, tile, split, arch.num_sms), tile, split)
-        for tile in TILES
-        if _fits(tile, p.m)
-        for split in SPLITS
-        if split == 1 or _may_split(p, tile, split)
+    sms = arch.num_sms
+    tile, split_k, whole = min(
+        candidates(p, sms), key=lambda choice: predicted_us(p, *choice, num_sms=sms)
     )
-    _, tile, split = min(choices, key=lambda choice: choice[0])
     return HopperPlan(
         tile.block_m,
         tile.block_n,
         tile.num_warps,
         tile.num_stages,
-        split,
-        pdl=split > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS,
+        split_k,
+        whole,
+        pdl=split_k > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS,
     )
 
 
-def _fits(tile: HopperTile, m: int) -> bool:
-    """Whether few of a tile's rows would be empty: those cost more than others, not less."""
-    return tile.block_m < 2 * max(m, 8) and tile.block_m <= max(m, MOST_EMPTY)
-
-
-def _may_split(p: Problem, tile: HopperTile, split: int) -> bool:
-    sums = _tiles(p, tile) * (split - 1) * tile.block_m * tile.block_n * 4
-    few = -(-p.k // 128) < MIN_STEPS * split
-    return tile.block_m < 256 and not few and sums <= WORKSPACE_BYTES
+def candidates(p: Problem, num_sms: int) -> Iterator[tuple[HopperTile, int, int]]:
+    """Tiles with as many slices as their K may have, and how many tiles are not cut."""
+    for tile in TILES:
+        # no more than half of a tile may be empty
+        if tile.block_m >= 2 * max(p.m, 8):
+            continue
+        tiles = _tiles(p, tile)
+        fill = tile.resident * num_sms
+        for split_k in SPLITS:
+            whole = tiles // fill * fill if split_k > 1 else 0
+            sums = (tiles - whole) * (split_k - 1) * tile.block_m * tile.block_n * 4
+            few = -(-p.k // 128) < MIN_STEPS * split_k
+            if split_k == 1 or not (few or sums > WORKSPACE_BYTES or tiles == whole):
+                yield tile, split_k, whole
 
 
 def _tiles(p: Problem, tile: HopperTile) -> int:
     return -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
 
 
-def predicted_us(p: Problem, tile: HopperTile, split: int, num_sms: int) -> float:
+def predicted_us(p: Problem, tile: HopperTile, split_k: int, whole: int, num_sms: int) -> float:
     """Microseconds on an H200, as the formula at the top of this file says."""
-    programs = _tiles(p, tile) * split
     shared = tile.shared * (FINE_GROUPS if p.group_size < 128 else 1.0)
-    rounds, rest = divmod(programs, tile.resident * num_sms)
-    step = rounds * max(tile.alone, tile.resident * shared)
-    if rest:
-        step += max(tile.alone, -(-rest // num_sms) * shared)
-    us = (-(-p.k // 128) / split + FILL) * step
-    if split > 1:
-        us += ADD + ADD_PART * split * tile.block_m * tile.block_n / 4096
+    steps = -(-p.k // 128)
+    us = 0.0
+    for programs, slices in ((whole, 1), ((_tiles(p, tile) - whole) * split_k, split_k)):
+        rounds, rest = divmod(programs, tile.resident * num_sms)
+        step = rounds * max(tile.alone, tile.resident * shared)
+        if rest:
+            step += max(tile.alone, -(-rest // num_sms) * shared)
+        us += (steps / slices + FILL) * step
+    if split_k > 1:
+        us += ADD + ADD_PART * split_k * tile.block_m * tile.block_n / 4096
     return max(us, p.n * p.k * (0.5 + 2 / p.group_size) / READ_BYTES)

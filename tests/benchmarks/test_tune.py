@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks import tune
 from w4tensor import dispatch
 from w4tensor.dispatch import Arch, DequantPlan, GemmPlan
-from w4tensor.dispatch_hopper import SPLITS, TILES, HopperPlan
+from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.testing import DENSE_SHAPES, TOKENS
 
 H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
@@ -46,14 +46,6 @@ def test_several_tiles_and_slices_are_timed_at_every_number_of_tokens():
         tiles = {(p.block_m, p.block_n) for p in plans if isinstance(p, HopperPlan)}
         assert len(tiles) >= 2, m
         assert any(isinstance(p, DequantPlan) for p in plans) is (m >= 1024), m
-
-
-def test_a_tile_of_256_tokens_is_never_sliced():
-    for k in (4096, 28672):
-        for p in tune.candidates(tune.Point(256, k, 128, "symmetric", 512), H200):
-            if isinstance(p, HopperPlan):
-                assert p.split_k in SPLITS and (p.block_m < 256 or p.split_k == 1)
-    assert max(tile.block_m for tile in TILES) == 256
 
 
 def write(path, rows):

@@ -29,8 +29,9 @@ pytestmark = [pytest.mark.gpu, needs_hopper]
 
 EMPTY = torch.empty
 SPLITS = (1, 2, 3, 8)
-# of 16, 64 and 128 tokens, the last of eight warps
-SEVERAL = (TILES[2], TILES[7], TILES[10])
+BY_SHAPE = {(tile.block_m, tile.block_n): tile for tile in TILES}
+# of few tokens, of warps with 32 rows, of two runs of tokens, of eight warps
+SEVERAL = tuple(BY_SHAPE[shape] for shape in ((16, 64), (64, 128), (96, 64), (128, 128)))
 # the same weights and the same sums in another order of fp32 additions
 TWIN_REL_ERR = 3e-5
 TWIN = GemmPlan(64, 64, 8, 1, scale_after=False, kwidth=2, num_warps=4, num_stages=3)
@@ -95,14 +96,11 @@ def run(plan, x, w, bias=None, dtype=None):
     return y
 
 
-def plan_of(tile: HopperTile, split_k: int = 1, pdl: bool = False) -> HopperPlan:
+def plan_of(
+    tile: HopperTile, split_k: int = 1, pdl: bool = False, whole: int = 0
+) -> HopperPlan:
     shape = tile.block_m, tile.block_n, tile.num_warps, tile.num_stages
-    return HopperPlan(*shape, split_k, pdl=pdl)
-
-
-def splits(tile: HopperTile) -> tuple[int, ...]:
-    # dispatch slices no tile of 256 tokens
-    return (1,) if tile.block_m >= 256 else SPLITS
+    return HopperPlan(*shape, split_k, whole, pdl=pdl)
 
 
 def name(tile: HopperTile) -> str:
@@ -115,8 +113,8 @@ def test_oracle_and_twin(tile, case):
     torch.manual_seed(0)
     w, whole = weight_of(case), weight_of(case, exact=True)
     bias = torch.randint(-9, 9, (case.n,), device="cuda").to(case.x) if case.bias else None
-    # one row of a tile, one short of a tile, and an odd number of them in three
-    for m in (1, tile.block_m - 1, 2 * tile.block_m + 3):
+    # one row of a tile, a bit over half of it, one short of it, and an odd number of them in three
+    for m in (1, tile.block_m // 2 + 1, tile.block_m - 1, 2 * tile.block_m + 3):
         if m * case.n == 1:
             # the relative error of one number is of no use
             continue
@@ -128,7 +126,7 @@ def test_oracle_and_twin(tile, case):
         # of a few outputs, rounding the answer itself may take more than the budget
         budget = REL_ERR_BUDGET[HALF if case.x == HALF else torch.bfloat16]
         budget = max(budget, 2 * rel_err(ref.to(case.x), ref))
-        for split in splits(tile):
+        for split in SPLITS:
             plan = plan_of(tile, split)
             y = run(plan, x, w, bias)
             at = m, split
@@ -153,11 +151,24 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
             y = run(plan, y, w)
         return y
 
-    for split in splits(tile):
+    for split in SPLITS:
         expected = chain(plan_of(tile, split))
         assert expected.isfinite().all()
         for _ in range(5):
             assert torch.equal(chain(plan_of(tile, split, pdl=True)), expected), split
+
+
+@pytest.mark.parametrize("tile", SEVERAL, ids=name)
+def test_slices_of_the_last_tiles_only(tile):
+    w = weight_of(Case(5 * tile.block_n - 8, 1024, 128))
+    x = torch.randn(tile.block_m, 1024, device="cuda", dtype=torch.bfloat16)
+    one, cut = run(plan_of(tile), x, w), run(plan_of(tile, 3), x, w)
+    assert not torch.equal(one, cut)
+    for whole in range(6):
+        rows = whole * tile.block_n
+        y = run(plan_of(tile, 3, whole=whole), x, w)
+        assert torch.equal(y[:, :rows], one[:, :rows]), whole
+        assert torch.equal(y[:, rows:], cut[:, rows:]), whole
 
 
 def captured(plan, x, w, pool=None):
@@ -267,7 +278,7 @@ def test_outputs_that_the_accelerator_cannot_write():
     # N is a multiple of 8, but y begins between two units of 16 bytes
     w = weight_of(Case(136, 1024, 128))
     x = torch.randn(29, 1024, device="cuda", dtype=torch.bfloat16)
-    for tile in TILES[3], TILES[4]:
+    for tile in BY_SHAPE[16, 128], BY_SHAPE[96, 64]:
         memory = torch.full((29 * 136 + 2,), torch.nan, device="cuda", dtype=x.dtype)
         y = memory[1:-1].view(29, 136)
         weight = w.qdata, w.scale, w.zero_point
@@ -279,7 +290,7 @@ def test_outputs_that_the_accelerator_cannot_write():
 def test_more_slices_than_steps():
     w = weight_of(Case(96, 256, 128))
     x = torch.randn(17, 256, device="cuda", dtype=torch.bfloat16)
-    for tile in TILES[2], TILES[3]:
+    for tile in BY_SHAPE[16, 64], BY_SHAPE[16, 128]:
         assert torch.equal(run(plan_of(tile, 8), x, w), run(plan_of(tile, 2), x, w))
 
 
@@ -292,5 +303,5 @@ def test_no_tokens():
 def test_a_plan_with_other_stages_gives_the_same_bits():
     w = weight_of(Case(264, 2880, 64))
     x = torch.randn(100, 2880, device="cuda", dtype=torch.bfloat16)
-    three, four = (replace(plan_of(TILES[6], 2), num_stages=s) for s in (3, 4))
+    three, four = (replace(plan_of(BY_SHAPE[64, 64], 2), num_stages=s) for s in (3, 4))
     assert torch.equal(run(three, x, w), run(four, x, w))

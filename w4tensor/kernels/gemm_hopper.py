@@ -1,9 +1,10 @@
 """Y[M, N] = X[M, K] @ dequant(W)[N, K].T on Hopper, in Gluon: the loop of hopper_loop.py by tiles.
 
-K is cut into split_k slices where tiles alone would leave the card idle. Slices store their sums,
-and that of the last slice adds them, in order: two runs give the same bits. A stored sum is
-announced by a flag that gets this launch's token, so that the flags need no zeros to begin with;
-who has seen a flag clears it. Programs wait only for programs that were started before them.
+K is cut into split_k slices where tiles alone would leave the card idle: of all tiles, or of those
+that a last, partly filled wave would have. Slices store their sums, and that of the last slice adds
+them, in order: two runs give the same bits. A stored sum is announced by a flag that gets this
+launch's token, so that the flags need no zeros to begin with; who has seen a flag clears it.
+Programs wait only for programs that were started before them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _tile(tile, tiles_n, tiles_m, GROUP_N: gl.constexpr):
 
 
 # of an accumulator, that are added at a time: there are no registers for more
-_COLUMNS = gl.constexpr(32)
+_COLUMNS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -59,18 +60,22 @@ def _add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
         return gl.convert_layout(out, acc.type.layout, assert_trivial=True)
     else:
         at = _inside(acc, first, WIDTH)
-        total = gl.load(ptr + at, cache_modifier=".cg")
+        # no branch around the sum of none: it would cost registers
+        total = gl.load(ptr + at, mask=parts > 0, other=0.0, cache_modifier=".cg")
         for _ in range(1, parts):
             ptr += acc.shape[0] * WIDTH
             total += gl.load(ptr + at, cache_modifier=".cg")
         return total + acc
 
 
-@gluon.jit(do_not_specialize=["token", "M", "steps", "split_k"])
+@gluon.jit(do_not_specialize=["token", "M", "steps", "whole", "split_k"])
 def _gemm_hopper_kernel(
     x_desc,
+    # of the second run of tokens, where a tile has two
+    more_x_desc,
     w_desc,
     y_desc,
+    more_y_desc,
     y_ptr,
     scale_ptr,
     zero_ptr,
@@ -82,6 +87,8 @@ def _gemm_hopper_kernel(
     N,
     steps,
     n_groups,
+    # tiles that are not cut: the first ones
+    whole,
     split_k,
     GROUP_N: gl.constexpr,
     # 0 where the row is one group
@@ -94,25 +101,42 @@ def _gemm_hopper_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
+    FIRST: gl.constexpr = x_desc.block_shape[0]
+    MORE: gl.constexpr = 0 if more_x_desc is None else more_x_desc.block_shape[0]
+    BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    pid = gl.program_id(0)
-    tile = pid // split_k
-    k_slice = pid % split_k
+    tile = gl.program_id(0)
+    slices = 1
+    k_slice = 0
+    if part_ptr is not None:
+        if tile >= whole:
+            slices = split_k
+            k_slice = (tile - whole) % split_k
+            tile = whole + (tile - whole) // split_k
     n0, m0 = _tile(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
     n0 *= BLOCK_N
     m0 *= BLOCK_M
     if BLOCK_M < 256:
-        # the last tile begins early enough to be whole: rows past the end, which the tensor memory
-        # accelerator fills with zeros, take more time than a tile of so few tokens has
+        # the last tile begins early enough to be whole
         m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
-    begin = steps * k_slice // split_k
-    end = steps * (k_slice + 1) // split_k
+    begin = steps * k_slice // slices
+    end = steps * (k_slice + 1) // slices
     r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
     row = gl.minimum(n0 + r, N - 1)
+    if MORE:
+        x_descs = x_desc, more_x_desc
+        y_descs = y_desc, more_y_desc
+        columns = 0, FIRST
+        # where there are too few tokens, those that both runs have are computed twice
+        m = m0, gl.maximum(gl.minimum(m0 + FIRST, M - MORE), 0)
+    else:
+        x_descs = (x_desc,)
+        y_descs = (y_desc,)
+        columns = (0,)
+        m = (m0,)
     acc, xs = accumulate(
-        x_desc,
-        m0,
+        x_descs,
+        m,
         w_desc,
         n0,
         n0,
@@ -132,25 +156,27 @@ def _gemm_hopper_kernel(
         STAGES,
         PDL,
     )
-    if part_ptr is None:
-        _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N)
-    else:
+    if part_ptr is not None:
         TILE: gl.constexpr = BLOCK_N * BLOCK_M
-        others = split_k - 1
-        first = tile * others
+        others = slices - 1
+        first = (tile - whole) * others
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
-            gl.store(parts + k_slice * TILE + _inside(acc, 0, BLOCK_M), acc)
+            for i in gl.static_range(len(acc)):
+                gl.store(parts + k_slice * TILE + _inside(acc[i], columns[i], BLOCK_M), acc[i])
             barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
-        else:
-            for other in range(others):
-                flag = flag_ptr + first + other
-                while gl.atomic_add(flag, 0, sem="acquire") != token:
-                    pass
-                gl.store(flag, 0)
-            acc = _add_parts(acc, parts, 0, others, BLOCK_M)
-            _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N)
+            return
+        for other in range(others):
+            flag = flag_ptr + first + other
+            while gl.atomic_add(flag, 0, sem="acquire") != token:
+                pass
+            gl.store(flag, 0)
+    for i in gl.static_range(len(acc)):
+        sums = acc[i]
+        if part_ptr is not None:
+            sums = _add_parts(sums, parts, columns[i], others, BLOCK_M)
+        _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N)
 
 
 @gluon.jit
@@ -177,6 +203,19 @@ def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N):
         gl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
+    """How many tokens of a tile lie in its first run and in its second, which may be none.
+
+    Gluon's tiles are of powers of two, the matrix unit's are not: 96 tokens are 64 and 32. And rows
+    past the end, which the tensor memory accelerator fills with zeros, cost more time than a tile
+    of so few tokens has: 100 tokens in a tile of 128 are 0..63 and 36..99.
+    """
+    first = 1 << block_m.bit_length() - 1
+    if first == block_m and m < block_m and block_m > 64:
+        first //= 2
+    return first, block_m - first
+
+
 def gemm_hopper(
     x: Tensor,
     qdata: Tensor,
@@ -198,20 +237,25 @@ def gemm_hopper(
     steps = words.shape[1] // 16
     tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(m, plan.block_m)
     split_k = min(plan.split_k, steps)
+    cut = tiles - plan.whole
     parts = flags = None
     if split_k > 1:
         # sums of 4 bytes and flags of 8 in one allocation
-        sums = tiles * (split_k - 1) * plan.block_m * plan.block_n
-        parts = torch.empty(sums + 2 * tiles * (split_k - 1), device=x.device, dtype=torch.float32)
+        stored = cut * (split_k - 1)
+        sums = stored * plan.block_m * plan.block_n
+        parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
         flags = parts[sums:].view(torch.int64)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    y_desc = None
-    if y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0:
-        y_desc = descriptor(y, [plan.block_m, plan.block_n], dtype)
-    _gemm_hopper_kernel[(tiles * split_k,)](
-        descriptor(x, [plan.block_m, 128], dtype),
+    stored_whole = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
+    x_descs, y_descs = [], []
+    for rows in runs_of_tokens(plan.block_m, m):
+        x_descs.append(descriptor(x, [rows, 128], dtype) if rows else None)
+        whole = rows and stored_whole
+        y_descs.append(descriptor(y, [rows, plan.block_n], dtype) if whole else None)
+    _gemm_hopper_kernel[(plan.whole + cut * split_k,)](
+        *x_descs,
         descriptor(words, [plan.block_n, 16], gl.int32),
-        y_desc,
+        *y_descs,
         y,
         scale,
         zero_point,
@@ -224,6 +268,7 @@ def gemm_hopper(
         n,
         steps,
         n_groups,
+        plan.whole,
         split_k,
         GROUP_N=plan.group_n,
         GROUP=0 if n_groups == 1 else group_size,

@@ -125,9 +125,9 @@ def _grouped_hopper_kernel(
             # experts are rows of one long matrix
             w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
             i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, False))
-            acc, _ = accumulate(
-                x_desc,
-                first,
+            sums, _ = accumulate(
+                (x_desc,),
+                (first,),
                 w_desc,
                 w_row,
                 w_row + N // 2,
@@ -147,6 +147,7 @@ def _grouped_hopper_kernel(
                 STAGES,
                 False,
             )
+            acc = sums[0]
             if bias_ptr is not None:
                 b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
                 bias = gl.load(

@@ -135,7 +135,8 @@ def layout_of_sums(warps, columns):
 @gluon.jit
 def _expect(xs, ws, full, stage, ok):
     """Tell `full` of a stage how many bytes _fetch_words() and _fetch_x() bring."""
-    BYTES: gl.constexpr = xs.shape[1] * 256 + ws.shape[1] * 64
+    MORE: gl.constexpr = 0 if len(xs) == 1 else xs[-1].shape[1]
+    BYTES: gl.constexpr = (xs[0].shape[1] + MORE) * 256 + ws.shape[1] * 64
     mbarrier.expect(full.index(stage), BYTES, pred=ok)
 
 
@@ -154,7 +155,9 @@ def _fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.cons
 
 @gluon.jit
 def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
-    load(x_desc, [x_row, step * 128], full.index(stage), xs.index(stage), pred=ok)
+    for part in gl.static_range(len(xs)):
+        memory = xs[part].index(stage)
+        load(x_desc[part], [x_row[part], step * 128], full.index(stage), memory, pred=ok)
 
 
 @gluon.jit
@@ -258,9 +261,26 @@ def _prepare(scale, zero, words, FAST: gl.constexpr):
 
 
 @gluon.jit
-def _x_half(stage, HALF: gl.constexpr):
-    """k 64 * HALF .. of x [BLOCK_M, 128] -> [64, BLOCK_M]."""
-    return stage.slice(HALF * 64, 64, 1).permute((1, 0))
+def _multiply(z, xs, stage, HALF: gl.constexpr, acc):
+    """Start acc += weights z [BN, 64] times k 64 * HALF .. of every part of x [BM, 128]."""
+    first = xs[0].index(stage).slice(HALF * 64, 64, 1).permute((1, 0))
+    sums = warpgroup_mma(z, first, acc[0], is_async=True)
+    if len(xs) == 1:
+        return (sums,)
+    else:
+        second = xs[1].index(stage).slice(HALF * 64, 64, 1).permute((1, 0))
+        return sums, warpgroup_mma(z, second, acc[1], is_async=True)
+
+
+@gluon.jit
+def _wait(acc, z, ALL_BUT: gl.constexpr):
+    """Until no more than ALL_BUT multiplications are under way, of which one reads z."""
+    if len(acc) == 1:
+        sums, z = warpgroup_mma_wait(ALL_BUT, deps=[acc[0], z])
+        return (sums,), z
+    else:
+        first, second, z = warpgroup_mma_wait(2 * ALL_BUT, deps=[acc[0], acc[1], z])
+        return (first, second), z
 
 
 @gluon.jit
@@ -291,11 +311,12 @@ def accumulate(
 ):
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
+    x_desc, x_row, the sums and the memory of x: one or two, for as many runs of tokens.
     x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
         "halves". row [BN]: of the scales and zero points, for each row of the operand.
     """
-    DTYPE: gl.constexpr = x_desc.dtype
-    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
+    DTYPE: gl.constexpr = x_desc[0].dtype
+    BLOCK_M: gl.constexpr = x_desc[0].block_shape[0]
     # an fp32 x is bf16 here, beside scales that are not
     BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
     FAST: gl.constexpr = BF16 and zero_ptr is None
@@ -304,7 +325,12 @@ def accumulate(
     ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
 
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc.layout)
+    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc[0].layout),)
+    acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
+    if len(x_desc) == 2:
+        MORE: gl.constexpr = x_desc[1].block_shape[0]
+        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, MORE, 128], x_desc[1].layout),)
+        acc += (gl.zeros([BLOCK_N, MORE], gl.float32, layout_of_sums(WARPS, MORE)),)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -326,7 +352,6 @@ def accumulate(
     zero = None
     if zero_ptr is not None:
         zero = _groups(zero_ptr, row, begin, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     stage = 0
     phase = 0
     mbarrier.wait(full.index(0), 0)
@@ -338,11 +363,11 @@ def accumulate(
     if zero_ptr is not None:
         zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = warpgroup_mma(z_a, _x_half(xs.index(0), 0), acc, is_async=True)
-    acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
+    acc = _multiply(z_a, xs, 0, 0, acc)
+    acc, z_a = _wait(acc, z_a, 1)
     for step in range(begin + 1, end):
         z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
+        acc = _multiply(z_b, xs, stage, 1, acc)
         done = stage
         stage += 1
         if stage == STAGES:
@@ -350,7 +375,7 @@ def accumulate(
             phase ^= 1
         mbarrier.wait(full.index(stage), phase)
         words = _words(ws.index(stage), WARPS, GATE)
-        acc, z_a = warpgroup_mma_wait(1, deps=[acc, z_a])
+        acc, z_a = _wait(acc, z_a, 1)
         words_a, words_b = _halves(words)
         scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
         # of the step after this one
@@ -359,21 +384,27 @@ def accumulate(
         if zero_ptr is not None:
             zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
         z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = warpgroup_mma(z_a, _x_half(xs.index(stage), 0), acc, is_async=True)
-        acc, z_b = warpgroup_mma_wait(1, deps=[acc, z_b])
+        acc = _multiply(z_a, xs, stage, 0, acc)
+        acc, z_b = _wait(acc, z_b, 1)
         barrier()
         ahead = step - 1 + STAGES
         _expect(xs, ws, full, done, ahead < end)
         _fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
         _fetch_x(x_desc, xs, full, done, x_row, ahead, ahead < end)
     z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = warpgroup_mma(z_b, _x_half(xs.index(stage), 1), acc, is_async=True)
-    acc, z_a, z_b = warpgroup_mma_wait(0, deps=[acc, z_a, z_b])
+    acc = _multiply(z_b, xs, stage, 1, acc)
+    acc, z_a = _wait(acc, z_a, 0)
+    acc, z_b = _wait(acc, z_b, 0)
     if FAST:
-        acc *= BF16_UNIT
+        UNIT: gl.constexpr = BF16_UNIT
     elif DTYPE == gl.float16:
-        acc *= 1.0 / FP16_LIFT
-    return acc, xs
+        UNIT: gl.constexpr = 1.0 / FP16_LIFT
+    else:
+        UNIT: gl.constexpr = 1.0
+    if len(acc) == 1:
+        return (acc[0] * UNIT,), xs
+    else:
+        return (acc[0] * UNIT, acc[1] * UNIT), xs
 
 
 def aligned_rows(x: Tensor) -> Tensor:

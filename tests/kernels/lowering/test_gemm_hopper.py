@@ -15,7 +15,7 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import TILES, HopperTile
-from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel
+from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, runs_of_tokens
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -39,11 +39,16 @@ def _lower(
     bias: bool = False,
     pdl: bool = False,
     whole_steps: bool = True,
+    # for fewer tokens than the tile has
+    few: bool = False,
 ) -> Lowered:
+    first, more = runs_of_tokens(tile.block_m, tile.block_m - few)
     signature = {
-        "x_desc": descriptor([tile.block_m, 128], dtype),
+        "x_desc": descriptor([first, 128], dtype),
+        "more_x_desc": descriptor([more or first, 128], dtype),
         "w_desc": descriptor([tile.block_n, 16], "i32"),
-        "y_desc": descriptor([tile.block_m, tile.block_n], dtype),
+        "y_desc": descriptor([first, tile.block_n], dtype),
+        "more_y_desc": descriptor([more or first, tile.block_n], dtype),
         "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{scale or dtype}",
         "zero_ptr": f"*{zero}",
@@ -51,7 +56,7 @@ def _lower(
         "part_ptr": "*fp32",
         "flag_ptr": "*i64",
         "token": "i64",
-        **dict.fromkeys(("M", "N", "steps", "n_groups", "split_k"), "i32"),
+        **dict.fromkeys(("M", "N", "steps", "n_groups", "whole", "split_k"), "i32"),
     }
     constants = {
         "GROUP_N": 8,
@@ -63,9 +68,11 @@ def _lower(
         "PDL": pdl,
     }
     absent = {"y_desc": y, "zero_ptr": zero is None, "bias_ptr": not bias}
+    absent |= {"more_x_desc": not more, "more_y_desc": y or not more}
     absent |= dict.fromkeys(("part_ptr", "flag_ptr"), not split)
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
-    unaligned = ["x_desc", "w_desc", "y_desc", "token", "M", "steps", "split_k"]
+    unaligned = [name for name in signature if name.endswith("_desc")]
+    unaligned += ["token", "M", "steps", "whole", "split_k"]
     # rows that the accelerator stores are multiples of 8, and mostly of 16
     unaligned += ["N", "n_groups"] if y else []
     return lower(
@@ -77,13 +84,17 @@ def _name(tile: HopperTile) -> str:
     return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}"
 
 
-def _check(tile: HopperTile, dtype: str, group: int, zero: str | None, **options) -> None:
-    code = _lower(tile, dtype, group, zero, **options)
+def _check(
+    tile: HopperTile, dtype: str, group: int, zero: str | None, few: bool = False, **options
+) -> None:
+    code = _lower(tile, dtype, group, zero, few=few, **options)
     assert code.stack == 0, str(code)
     assert code.matrix == {"HGMMA"} and code.count("STS", "STSM") == 0, str(code)
-    # 16 k each, for every 64 rows of a warpgroup: the loop that was read is the one that multiplies
+    # 16 k each, for every 64 rows of a warpgroup and every run of tokens: the loop that was read is
+    # the one that multiplies
     rows_of_a_warp = tile.block_n // tile.num_warps
-    assert code.count("HGMMA") == 8 * rows_of_a_warp // 16, str(code)
+    second_run = runs_of_tokens(tile.block_m, tile.block_m - few)[1] > 0
+    assert code.count("HGMMA") == 8 * rows_of_a_warp // 16 * (1 + second_run), str(code)
     serialised = re.search(r"C75\d\d.*", messages(code))
     assert serialised is None, serialised
     # registers are dealt out by eights, and a kilobyte of shared memory is the driver's
@@ -92,7 +103,7 @@ def _check(tile: HopperTile, dtype: str, group: int, zero: str | None, **options
     resident = tile.resident if zero is None or tile.resident < 3 else tile.resident - 1
     assert resident * code.threads * registers <= REGISTERS, str(code)
     assert resident * (code.shared + 1024) <= SHARED_BYTES, str(code)
-    budget = BUDGETS[dtype, group, zero is not None][rows_of_a_warp]
+    budget = BUDGETS[dtype, group, zero is not None][rows_of_a_warp] + SECOND_RUN * second_run
     assert code.per_weight(tile.block_n * 128) <= budget, str(code)
 
 
@@ -115,20 +126,24 @@ for dtype in ("bf16", "fp16"):
         (dtype, 32, True): {16: 6.5, 32: 5.6},
         (dtype, 0, True): {16: 4.4, 32: 3.8},
     }
+# what a second run of tokens adds to them
+SECOND_RUN = 0.8
+OF_16_ROWS = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (128, 128))
+OF_32_ROWS = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (64, 128))
 WEIGHTS = [(dtype, group, "fp16" if zero else None) for dtype, group, zero in BUDGETS]
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["full", "few tokens"])
 @pytest.mark.parametrize("tile", TILES, ids=_name)
-def test_every_tile(tile):
-    # dispatch slices no tile of 256 tokens
-    _check(tile, "bf16", 128, None, split=tile.block_m < 256, pdl=True)
+def test_every_tile(tile, few):
+    _check(tile, "bf16", 128, None, split=True, pdl=True, few=few)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=_name)
 def test_every_tile_with_what_costs_most_registers(tile):
     # fp32 x with a bias, K not whole steps, N of any size, and zero points in fp32
     options = dict(y="fp32", bias=True, pdl=True, whole_steps=False)
-    _check(tile, "bf16", 32, "fp32", split=tile.block_m < 256, **options)
+    _check(tile, "bf16", 32, "fp32", split=True, **options)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -136,18 +151,18 @@ def test_all_weights(weights):
     # warps of 16 and of 32 rows by turns, and every other pair of them stored through pointers
     i = WEIGHTS.index(weights)
     plain = i // 2 % 2 == 1
-    _check((TILES[10], TILES[7])[i % 2], *weights, y=weights[0] if plain else None, bias=plain)
+    _check((OF_16_ROWS, OF_32_ROWS)[i % 2], *weights, y=weights[0] if plain else None, bias=plain)
 
 
 @pytest.mark.parametrize("scale", ["fp16", "fp32"])
 def test_scales_that_are_not_bf16_beside_an_fp32_x(scale):
-    code = _lower(TILES[7], scale=scale, y="fp32")
+    code = _lower(OF_32_ROWS, scale=scale, y="fp32")
     assert code.stack == 0 and code.matrix == {"HGMMA"}, str(code)
     # bf16 scales would go straight to the weights, as bits
-    assert code.count("FMUL") > _lower(TILES[7], y="fp32").count("FMUL"), str(code)
+    assert code.count("FMUL") > _lower(OF_32_ROWS, y="fp32").count("FMUL"), str(code)
 
 
 def test_ptxas_says_when_it_must_order_products_itself():
-    code = _lower(TILES[7])
+    code = _lower(OF_32_ROWS)
     unordered = re.sub(r"wgmma\.wait_group\.sync\.aligned \d;", "", code.ptx)
     assert "C7517" in messages(replace(code, ptx=unordered))
