@@ -108,7 +108,7 @@ def _job(plan, p: Point) -> tuple:
     """What compiles apart: of the slices of K, whether there are any; and of M, up to a tile."""
     if isinstance(plan, HopperPlan):
         plan = dataclasses.replace(plan, split_k=min(plan.split_k, 2), whole=0)
-    return plan, p.group_size, p.zero, min(p.m, plan.block_m)
+    return plan, p.group_size, p.zero, min(p.m, getattr(plan, "block_m", p.m))
 
 
 def check(job: tuple) -> tuple[tuple, str]:
