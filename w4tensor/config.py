@@ -23,7 +23,7 @@ from w4tensor.errors import Unsupported
 from w4tensor.layout import SCALE_DTYPES, check_group_size
 from w4tensor.ops import check_act_group_size
 from w4tensor.quantize import ALGORITHMS, Algorithm
-from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
+from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor, linear_weight
 
 __all__ = [
     "MIN_OUT_FEATURES",
@@ -148,6 +148,8 @@ def _quantize_parameter(
         quantised = config._quantize(weight.mT).mT
     else:
         quantised = config._quantize(weight)
+    if linear_weight.wants(module, parameter_name):
+        quantised = linear_weight.as_linear_weight(quantised)
     module._parameters[parameter_name] = nn.Parameter(quantised, requires_grad=False)
     # an earlier config may have left it alone
     module.__dict__.get(REASONS_ATTRIBUTE, {}).pop(parameter_name, None)

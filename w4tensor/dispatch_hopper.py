@@ -121,9 +121,7 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     'gemm 256x128/1'
     """
     sms = arch.num_sms
-    tile, split_k, whole = min(
-        candidates(p, sms), key=lambda choice: predicted_us(p, *choice, num_sms=sms)
-    )
+    tile, split_k, whole = min(candidates(p, sms), key=lambda choice: predicted_us(p, *choice, sms))
     return HopperPlan(
         tile.block_m,
         tile.block_n,

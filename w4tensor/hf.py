@@ -22,7 +22,7 @@ from torchao.core.config import AOBaseConfig
 
 from w4tensor import hf_experts
 from w4tensor.errors import Unsupported
-from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor
+from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor, linear_weight
 from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["attach_quantizer", "enable"]
@@ -59,15 +59,18 @@ def enable() -> None:
     if not _watching and find_spec("transformers") is not None:
         _watching = True
         hf_experts.register()
-        # a file holds no word of the experts implementation, and no config's handler runs on reload
-        register_module_parameter_registration_hook(_choose_for_loaded)
+        # a file holds no word of what a config's handler does, and none runs on reload
+        register_module_parameter_registration_hook(_settle_loaded)
 
 
 _watching = False
 
 
-def _choose_for_loaded(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if isinstance(parameter, PackedInt4) and parameter.ndim == 3:
+def _settle_loaded(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """What a config's handler does beside quantising."""
+    if linear_weight.wants(module, name):
+        linear_weight.as_linear_weight(parameter)
+    elif isinstance(parameter, PackedInt4) and parameter.ndim == 3:
         # where torch is about to put it; choose looks at both weights of the module
         module._parameters[name] = parameter
         hf_experts.choose(module)

@@ -96,9 +96,7 @@ def run(plan, x, w, bias=None, dtype=None):
     return y
 
 
-def plan_of(
-    tile: HopperTile, split_k: int = 1, pdl: bool = False, whole: int = 0
-) -> HopperPlan:
+def plan_of(tile: HopperTile, split_k: int = 1, pdl: bool = False, whole: int = 0) -> HopperPlan:
     shape = tile.block_m, tile.block_n, tile.num_warps, tile.num_stages
     return HopperPlan(*shape, split_k, whole, pdl=pdl)
 

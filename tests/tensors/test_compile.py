@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.weights import Case, both_classes, exact_x
+from w4tensor.tensors.linear_weight import as_linear_weight
 
 MODES = {
     "grad": contextlib.nullcontext,
@@ -44,14 +45,23 @@ class Model(nn.Module):
         return self.down(F.gelu(self.norm(self.up(x))))
 
 
+@pytest.fixture(params=[False, True], ids=["tensors", "linear_weights"])
+def model(request) -> Model:
+    """A Model of `cls` whose weights Dynamo sees as tensors, or as quantize_ leaves them."""
+    model = Model(request.getfixturevalue("cls"))
+    if request.param:
+        for linear in (model.up, model.down):
+            as_linear_weight(linear.weight)
+    return model
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 @in_every_mode
 @both_classes
-def test_one_graph_serves_every_m(cls, mode):
-    model = Model(cls)
+def test_one_graph_serves_every_m(cls, model, mode):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with mode():
@@ -63,8 +73,7 @@ def test_one_graph_serves_every_m(cls, mode):
 
 
 @both_classes
-def test_a_marked_dimension_needs_a_single_graph(cls):
-    model = Model(cls)
+def test_a_marked_dimension_needs_a_single_graph(cls, model):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for m in (7, 2, 300):
@@ -75,8 +84,7 @@ def test_a_marked_dimension_needs_a_single_graph(cls):
 
 
 @both_classes
-def test_new_weights_of_the_same_shape_do_not_recompile(cls):
-    model = Model(cls)
+def test_new_weights_of_the_same_shape_do_not_recompile(cls, model):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = exact_x(3, 64)
@@ -111,8 +119,7 @@ def test_another_group_size_is_seen(cls):
 
 
 @both_classes
-def test_gradients_of_a_compiled_model(cls):
-    model = Model(cls)
+def test_gradients_of_a_compiled_model(cls, model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
     for run in (model, compiled):
@@ -163,8 +170,7 @@ def test_every_operator_traces_without_a_break(cls, function):
 
 
 @both_classes
-def test_autocast_inside_a_graph(cls):
-    model = Model(cls)
+def test_autocast_inside_a_graph(cls, model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = exact_x(3, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -186,9 +192,8 @@ def test_quantising_inside_a_graph(cls):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @both_classes
-def test_inductor_compiles_the_model(cls):
+def test_inductor_compiles_the_model(cls, model):
     # no pointwise operator between them: nothing for g++ to take seconds over
-    model = Model(cls)
     both = nn.Sequential(model.up, model.down)
     compiled = torch.compile(both, fullgraph=True)
     with torch.no_grad():
@@ -200,8 +205,8 @@ def test_inductor_compiles_the_model(cls):
 @both_classes
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_export_with_a_dynamic_batch(cls, strict, decomposed):
-    model = Model(cls).eval()
+def test_export_with_a_dynamic_batch(cls, model, strict, decomposed):
+    model.eval()
     dynamic = ({0: torch.export.Dim("m", min=1, max=4096)},)
     with torch.no_grad():
         program = torch.export.export(
@@ -217,8 +222,9 @@ def test_export_with_a_dynamic_batch(cls, strict, decomposed):
 
 
 @both_classes
-def test_an_exported_program_saves_and_loads(cls, tmp_path):
-    model, x = Model(cls).eval(), exact_x(4, 64)
+def test_an_exported_program_saves_and_loads(cls, model, tmp_path):
+    x = exact_x(4, 64)
+    model.eval()
     with torch.no_grad():
         program = torch.export.export(model, (x,)).run_decompositions()
         torch.export.save(program, tmp_path / "model.pt2")

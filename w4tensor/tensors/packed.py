@@ -54,6 +54,8 @@ class PackedInt4(_Base):
     """Mixin over TorchAOBaseTensor; a class gives `packing` and the torchao field lists."""
 
     packing: ClassVar[Layout]
+    # products.py's handler of F.linear
+    _linear: ClassVar[Callable]
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor | None
@@ -188,8 +190,8 @@ class PackedInt4(_Base):
         w = reference.dequantize(*self.to_codes()).to(output_dtype or self.dtype)
         return w.mT if self.transposed else w
 
-    # Compiled code asks every weight for these at every call: torchao's flatten, and the way through
-    # __torch_function__ and back, cost a model of 200 weights milliseconds a token.
+    # Compiled code asks every weight that it sees as a tensor for these at every call: not through
+    # torchao's flatten, nor through __torch_function__ and back.
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         data = ["qdata", "scale"] if self.zero_point is None else ["qdata", "scale", "zero_point"]
@@ -204,6 +206,9 @@ class PackedInt4(_Base):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        # Dynamo follows this (linear_weight.py), and no look-up by function
+        if func is torch.nn.functional.linear:
+            return cls._linear(func, types, args, kwargs or {})
         handlers = cls._TORCH_FN_TABLE[cls]
         if func in handlers:
             return handlers[func](func, types, args, kwargs or {})
@@ -252,6 +257,10 @@ class PackedInt4(_Base):
             raise PackingError("shape", tuple(self.shape), f"{shape}, as its fields have")
         if self.dtype != self.scale.dtype:
             raise PackingError("scale.dtype", self.scale.dtype, f"{self.dtype}, as the tensor")
+
+    def _is_like(self, other: Any) -> bool:
+        """Whether the other's bytes are of this tensor's format."""
+        return getattr(other, "packing", None) is self.packing
 
     def _with(self, **changes: Any):
         """The same tensor with some fields changed."""

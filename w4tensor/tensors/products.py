@@ -24,6 +24,7 @@ _handlers: list[tuple[list[Any], list[Any], Callable]] = []
 
 def register(cls: Any) -> None:
     """Give `cls` the operators of this file, as torch functions and as the aten ops below them."""
+    cls._linear = staticmethod(_f_linear)
     for functions, operators, handler in _handlers:
         # called by name, an aten op is a function too, and would decompose before it gets below
         cls.implements_torch_function(functions + operators)(handler)

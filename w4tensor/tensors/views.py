@@ -220,7 +220,7 @@ def _cat(func, types, args, kwargs):
     weights, dim = fill_defaults(args, 2, [0])
     first = next(w for w in weights if isinstance(w, PackedInt4))
     for w in weights:
-        if type(w) is not type(first):
+        if not first._is_like(w):
             raise MisdispatchError(
                 f"cat of a {type(first).__name__} with a {type(w).__name__}; dequantize() it first"
             )
@@ -313,7 +313,7 @@ def _squeeze(func, types, args, kwargs):
 @_implements([aten.copy_.default])
 def _copy(func, types, args, kwargs):
     target, source = args[:2]
-    if type(source) is not type(target):
+    if not (isinstance(target, PackedInt4) and target._is_like(source)):
         raise MisdispatchError(
             f"copy_ of a {type(source).__name__} into a {type(target).__name__}: quantise or "
             "dequantise it first"
@@ -369,7 +369,7 @@ def _set_data(func, types, args, kwargs):
     if isinstance(source, PackedInt4):
         # a gathered weight becomes a copy when its fields are read
         source._check()
-    if type(source) is not type(target):
+    if not (isinstance(target, PackedInt4) and target._is_like(source)):
         raise MisdispatchError(
             f"a {type(source).__name__} assigned to the data of a {type(target).__name__}; use a "
             "new Parameter instead"

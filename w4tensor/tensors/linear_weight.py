@@ -1,0 +1,54 @@
+"""Weights as nn.Linear holds them: to Dynamo no tensors, but objects with fields.
+
+A tensor of a class of its own is dear in compiled code: at every call Dynamo guards each one and AOT
+takes each one apart, in Python, which takes longer than most of its products do. An object with
+__torch_function__ is followed into that function instead, and the fields that it reads are plain
+inputs of the graph. That serves F.linear, which is all that nn.Linear asks of its weight; any other
+operator on it breaks a compiled graph, so other weights stay tensors.
+
+The classes have the names of their parents: in files, messages and summary() they are those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+from w4tensor.tensors.act_quant import Int4ActQuantTensor
+from w4tensor.tensors.coalesced import CudaCoalescedInt4Tensor
+
+__all__ = ["as_linear_weight", "wants"]
+
+
+class CoalescedLinearWeight(CudaCoalescedInt4Tensor):
+    """A CudaCoalescedInt4Tensor [N, K] that Dynamo looks into."""
+
+
+class ActQuantLinearWeight(Int4ActQuantTensor):
+    """An Int4ActQuantTensor [N, K] that Dynamo looks into."""
+
+
+_OF_LINEAR: dict[type, type] = {
+    CudaCoalescedInt4Tensor: CoalescedLinearWeight,
+    Int4ActQuantTensor: ActQuantLinearWeight,
+}
+for _parent, _cls in _OF_LINEAR.items():
+    _cls.__name__ = _parent.__name__
+    torch._dynamo.config.nontraceable_tensor_subclasses.add(_cls)
+    torch.serialization.add_safe_globals([_cls])
+
+
+def wants(module: nn.Module, name: str) -> bool:
+    """Whether parameter `name` of `module` meets F.linear and nothing else."""
+    is_weight = isinstance(module, nn.Linear) and name == "weight"
+    return is_weight and type(module).forward is nn.Linear.forward
+
+
+def as_linear_weight(weight: Any) -> Any:
+    """`weight` itself, from now on one that Dynamo looks into if it is a 2-D int4 tensor."""
+    if type(weight) in _OF_LINEAR and weight.ndim == 2 and not weight.transposed:
+        weight.__class__ = _OF_LINEAR[type(weight)]
+    return weight
