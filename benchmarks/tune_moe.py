@@ -83,8 +83,7 @@ def pairs_candidates(top_k: int, k: int, kwidth: int) -> Iterator[PairsPlan]:
             continue
         if step >= 2 * blocks_of_k and step > 1:
             continue
-        for prefetch in (False,) if step >= blocks_of_k else (False, True):
-            yield PairsPlan(slots, slices, tiles, blocks, kwidth, prefetch)
+        yield PairsPlan(slots, slices, tiles, blocks, kwidth)
 
 
 def grouped_candidates(block_m: int, kwidth: int) -> Iterator[GroupedPlan]:

@@ -110,8 +110,7 @@ class DecodePlan:
         block_m, block_n: tokens (8 or 16) and rows of a program.
         block_k: the step of one warp; a program's is num_warps times that, and holds whole groups.
         split_k: programs along K. kwidth: order of k in the operand (kernels/unpack.py).
-        x_shared: x goes through shared memory, num_stages - 1 steps ahead: fewer accesses for
-            several tokens. x_ahead: else, x is loaded one step ahead, as weights are.
+        x_ahead: x is loaded one step ahead, as weights are.
         evict: eviction policy of the weights.
         pdl: start under programmatic dependent launch, before the kernel ahead is done.
     """
@@ -122,7 +121,6 @@ class DecodePlan:
     num_warps: int
     split_k: int
     kwidth: int
-    x_shared: bool = False
     num_stages: int = 1
     x_ahead: bool = False
     evict: Literal["", "evict_first"] = ""

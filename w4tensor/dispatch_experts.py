@@ -95,7 +95,6 @@ class PairsPlan:
     Fields:
         slots: experts of a token that warps take side by side. slices: warps that share K.
         tiles: register tiles of 16 rows. blocks: blocks of 128 k of a step, each warp.
-        prefetch: load the next step's words before this one's are used.
         pdl: programmatic dependent launch, as the first or the second product of a block.
     """
 
@@ -104,7 +103,6 @@ class PairsPlan:
     tiles: int
     blocks: int
     kwidth: int
-    prefetch: bool = False
     pdl: Literal["none", "first", "second"] = "none"
 
     @property

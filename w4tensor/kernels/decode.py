@@ -14,9 +14,7 @@ Words, scales and x go from memory straight into the registers in which mma.sync
 load is one dimension (two where neighbours go in one access) whose order spells lane, warp and
 register, fastest first, because that is how Triton deals a one-dimensional load out. Reshapes and
 transpositions then turn it into an operand without moving anything. Next to nothing but unpacking
-and multiplying is left: 1.6 to 2 instructions a weight (tests/kernels/lowering). For several tokens
-x may go through shared memory instead (X_SHARED): in the operand's order a warp reads 16 bytes of
-each token at a time, which is one access a token.
+and multiplying is left: 1.6 to 2 instructions a weight (tests/kernels/lowering).
 """
 
 from __future__ import annotations
@@ -87,21 +85,6 @@ def _tokens(
 
 
 @triton.jit
-def _shared_tokens(
-    x, WARPS: tl.constexpr, BLOCKS: tl.constexpr, RUNS: tl.constexpr, KWIDTH: tl.constexpr
-):
-    """x [(WARPS, BM), BLOCKS * 128] -> [RUNS * WARPS, K of a run, BM], through shared memory."""
-    V: tl.constexpr = 8 * BLOCKS // RUNS
-    BM: tl.constexpr = x.shape[0] // WARPS
-    x = x.reshape(WARPS, BM, RUNS, V, 2, 4, 2)
-    if KWIDTH == 2:
-        x = x.trans(2, 0, 3, 4, 5, 6, 1)
-    else:
-        x = x.trans(2, 0, 3, 5, 4, 6, 1)
-    return x.reshape(RUNS * WARPS, V * 16, BM)
-
-
-@triton.jit
 def _by_row(values, H: tl.constexpr, WARPS: tl.constexpr):
     """Scales [(SEGMENTS / VECTOR, H, WARPS, 8, t), VECTOR] -> fp32, shaped as a product is."""
     VECTOR: tl.constexpr = values.shape[1]
@@ -135,7 +118,6 @@ def _accumulate(
     BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
-    X_SHARED: tl.constexpr,
     KWIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
@@ -146,10 +128,7 @@ def _accumulate(
     B: tl.constexpr = acc.shape[3]
     e0, e1, e2, e3, e4, e5, e6, e7 = unpack(words, DTYPE, ASM)
     z = _weights(join8(e0, e1, e2, e3, e4, e5, e6, e7), H, BLOCKS, WARPS, SEGMENTS, KWIDTH)
-    if X_SHARED:
-        xt = _shared_tokens(x, WARPS, BLOCKS, SEGMENTS, KWIDTH)
-    else:
-        xt = _tokens(x, B, BLOCKS, WARPS, SEGMENTS, KWIDTH, DTYPE)
+    xt = _tokens(x, B, BLOCKS, WARPS, SEGMENTS, KWIDTH, DTYPE)
     d = tl.dot(z, xt).reshape(SEGMENTS, WARPS, H, 8, B, 4, 2)
     if ASYMMETRIC:
         shift = (_by_row(zero, H, WARPS) - SYMMETRIC_ZERO_POINT) * CODE_UNIT
@@ -158,11 +137,9 @@ def _accumulate(
 
 
 @triton.jit
-def _load_x(x_ptrs, k, K, ok, MASK_K: tl.constexpr, PAIRS: tl.constexpr, X_SHARED: tl.constexpr):
-    """x as it stands in memory, or x at k and k + 1 as the low and high half of an int32."""
-    if X_SHARED:
-        return tl.load(x_ptrs, mask=ok & (k < K) if MASK_K else ok, other=0.0)
-    elif PAIRS:
+def _load_x(x_ptrs, k, K, ok, MASK_K: tl.constexpr, PAIRS: tl.constexpr):
+    """x at k and k + 1 as the low and high half of an int32."""
+    if PAIRS:
         mask = ok & (k < K) if MASK_K else ok
         return tl.load(x_ptrs.to(tl.pointer_type(tl.int32)), mask=mask, other=0)
     else:
@@ -198,7 +175,6 @@ def _decode_kernel(
     VECTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
-    X_SHARED: tl.constexpr,
     STAGES: tl.constexpr,
     KWIDTH: tl.constexpr,
     X_AHEAD: tl.constexpr,
@@ -226,19 +202,13 @@ def _decode_kernel(
     w_ptrs = w_ptr + (e * N + row)[:, None] * (n_blocks * 16) + tl.arange(0, 16)[None, :]
 
     # tokens past the end read the last one
-    if X_SHARED:
-        # x [(WARPS, BM), BLOCKS * 128]
-        f = tl.arange(0, WARPS * BLOCK_M)
-        token = tl.minimum(f % BLOCK_M, M - 1)[:, None]
-        x_k = (f // BLOCK_M * (BLOCKS * 128))[:, None] + tl.arange(0, BLOCKS * 128)[None, :]
-    else:
-        # x, pairs of k [(B, BLOCKS, i, p, q', WARPS, 8, t)]
-        f = tl.arange(0, B * BLOCKS * 16 * WARPS * 32)
-        token = tl.minimum(f // (32 * WARPS * 16 * BLOCKS) * 8 + f // 4 % 8, M - 1)
-        x_block = f // 32 % WARPS * BLOCKS + f // (32 * WARPS * 16) % BLOCKS
-        # t, in a form that keeps lanes four pairs apart from being taken for one 16-byte load
-        t = (3 - f % 4) ^ 3
-        x_k = x_block * 128 + f // (32 * WARPS) % 16 * 8 + t * 2
+    # x, pairs of k [(B, BLOCKS, i, p, q', WARPS, 8, t)]
+    f = tl.arange(0, B * BLOCKS * 16 * WARPS * 32)
+    token = tl.minimum(f // (32 * WARPS * 16 * BLOCKS) * 8 + f // 4 % 8, M - 1)
+    x_block = f // 32 % WARPS * BLOCKS + f // (32 * WARPS * 16) % BLOCKS
+    # t, in a form that keeps lanes four pairs apart from being taken for one 16-byte load
+    t = (3 - f % 4) ^ 3
+    x_k = x_block * 128 + f // (32 * WARPS) % 16 * 8 + t * 2
     x_ptrs = x_ptr + e * stride_xe + token * stride_xm.to(tl.int64) + x_k
 
     # scales [(SEGMENTS / VECTOR, H, WARPS, 8, t), VECTOR]
@@ -277,10 +247,10 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if X_AHEAD:
-        x_now = _load_x(x_ptrs + begin * (STEP * 128), 0, K, begin < end, False, PAIRS, X_SHARED)
+        x_now = _load_x(x_ptrs + begin * (STEP * 128), 0, K, begin < end, False, PAIRS)
     if not EVEN_K:
         k = block * 128
-        x = _load_x(x_ptrs + k, k + x_k, K, last, True, PAIRS, X_SHARED)
+        x = _load_x(x_ptrs + k, k + x_k, K, last, True, PAIRS)
         acc = _accumulate(
             acc,
             tail_words,
@@ -290,7 +260,6 @@ def _decode_kernel(
             BLOCKS,
             SEGMENTS,
             zero_ptr is not None,
-            X_SHARED,
             KWIDTH,
             DTYPE,
             ASM,
@@ -306,11 +275,9 @@ def _decode_kernel(
             next_zero = tl.load(zero_ptr + s_at + at, mask=ahead < end)
         if X_AHEAD:
             x = x_now
-            x_now = _load_x(
-                x_ptrs + ahead * (STEP * 128), 0, K, ahead < end, False, PAIRS, X_SHARED
-            )
+            x_now = _load_x(x_ptrs + ahead * (STEP * 128), 0, K, ahead < end, False, PAIRS)
         else:
-            x = _load_x(x_ptrs + step * (STEP * 128), 0, K, True, False, PAIRS, X_SHARED)
+            x = _load_x(x_ptrs + step * (STEP * 128), 0, K, True, False, PAIRS)
         acc = _accumulate(
             acc,
             words,
@@ -320,7 +287,6 @@ def _decode_kernel(
             BLOCKS,
             SEGMENTS,
             zero_ptr is not None,
-            X_SHARED,
             KWIDTH,
             DTYPE,
             ASM,
@@ -402,11 +368,10 @@ def decode(
         SEGMENTS=segments,
         VECTOR=vector,
         EVEN_K=k % step == 0,
-        X_SHARED=plan.x_shared,
         STAGES=plan.num_stages,
         PAIRS=x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0,
         KWIDTH=plan.kwidth,
-        X_AHEAD=plan.x_ahead and not plan.x_shared,
+        X_AHEAD=plan.x_ahead,
         EVICT=plan.evict,
         PDL=plan.pdl,
         ASM=use_asm(),

@@ -161,7 +161,6 @@ def _pairs_kernel(
     GATE: tl.constexpr,
     ACT: tl.constexpr,
     KWIDTH: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -232,11 +231,8 @@ def _pairs_kernel(
         s_at = s_expert * stride_se + s_rows * (stride_sv * VECTOR) + in_vector
 
         part = tl.zeros((C, TILES * 16, COLUMNS), tl.float32)
-        if PREFETCH:
-            words = tl.load(e_ptrs + tl.minimum(w_block, n_blocks - 1) * 16, mask=w_ok)
         for block0 in tl.range(0, n_blocks, SLICES * BLOCKS, num_stages=1):
-            if not PREFETCH:
-                words = tl.load(e_ptrs + tl.minimum(block0 + w_block, n_blocks - 1) * 16, mask=w_ok)
+            words = tl.load(e_ptrs + tl.minimum(block0 + w_block, n_blocks - 1) * 16, mask=w_ok)
             if BLOCKS_A_GROUP == 1:
                 vector = (block0 + s_block) * PARTS // VECTOR + run
             else:
@@ -256,13 +252,8 @@ def _pairs_kernel(
                 tl.extra.cuda.gdc_wait()
             k = block0 * 128 + x_k
             x = tl.load(x_ptrs + k, mask=x_ok & (k < K), other=0.0)
-            now = words
-            if PREFETCH:
-                ahead = block0 + SLICES * BLOCKS
-                ahead_ptrs = e_ptrs + tl.minimum(ahead + w_block, n_blocks - 1) * 16
-                words = tl.load(ahead_ptrs, mask=w_ok & (ahead < n_blocks))
             factor = scale / CODE_UNIT
-            part += _multiply(now, x, factor, shift, ACT_QUANT, KWIDTH, PARTS, ASM)
+            part += _multiply(words, x, factor, shift, ACT_QUANT, KWIDTH, PARTS, ASM)
 
         # [C, 16 * TILES]
         c = tl.arange(0, C)[:, None]
@@ -358,7 +349,6 @@ def multiply_pairs(
         GATE=gate,
         ACT=act,
         KWIDTH=plan.kwidth,
-        PREFETCH=plan.prefetch,
         PDL=plan.pdl,
         ASM=use_asm(),
         num_warps=plan.slots * plan.slices,

@@ -1,7 +1,7 @@
 """Weights as nn.Linear holds them: to Dynamo no tensors, but objects with fields.
 
-A tensor of a class of its own is dear in compiled code: at every call Dynamo guards each one and AOT
-takes each one apart, in Python, which takes longer than most of its products do. An object with
+A tensor of a class of its own is dear in compiled code: at every call Dynamo guards each one and
+AOT takes each one apart, in Python, which takes longer than most of its products do. An object with
 __torch_function__ is followed into that function instead, and the fields that it reads are plain
 inputs of the graph. That serves F.linear, which is all that nn.Linear asks of its weight; any other
 operator on it breaks a compiled graph, so other weights stay tensors.

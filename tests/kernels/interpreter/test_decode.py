@@ -61,17 +61,6 @@ def test_exact_however_k_is_cut(num_warps, split_k, k):
     assert torch.equal(y.double(), expected(x, codes))
 
 
-@pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("kwidth", [2, 4])
-@pytest.mark.parametrize(("m", "k"), [(3, 1024), (16, 720)])
-def test_exact_with_x_through_shared_memory(group_size, kwidth, m, k):
-    if group_size != -1 and k % group_size:
-        k += -k % group_size
-    x, codes = integral(1, m, 20, k, group_size, 0.25)
-    plan = _plan(block_m=8 if m <= 8 else 16, kwidth=kwidth, x_shared=True, num_stages=2)
-    assert torch.equal(run(decode, x, codes, plan).double(), expected(x, codes))
-
-
 @pytest.mark.parametrize("block_n", [8, 64])
 def test_exact_for_narrow_and_wide_tiles(block_n):
     x, codes = integral(1, 5, 70, 512, 128, 0.25)

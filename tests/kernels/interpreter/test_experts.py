@@ -23,7 +23,7 @@ PLANS = {
     "pairs": ExpertsPlan(PAIRS, replace(PAIRS, slots=2)),
     "pairs, more slots than top_k": ExpertsPlan(PAIRS, replace(PAIRS, slots=4, slices=1)),
     "pairs, one warp, in steps": ExpertsPlan(*[replace(PAIRS, slices=1, kwidth=2)] * 2),
-    "pairs, ahead": ExpertsPlan(*[replace(PAIRS, slices=1, blocks=2, tiles=2, prefetch=True)] * 2),
+    "pairs, two blocks a step": ExpertsPlan(*[replace(PAIRS, slices=1, blocks=2, tiles=2)] * 2),
     "grouped": ExpertsPlan(GROUPED, GROUPED),
     "grouped, scale before": ExpertsPlan(
         *[replace(GROUPED, scale_after=False, block_m=16, kwidth=2, num_warps=1)] * 2

@@ -68,7 +68,6 @@ def _lower(
         "VECTOR": vector,
         "EVEN_K": True,
         "PAIRS": True,
-        "X_SHARED": False,
         "STAGES": 1,
         "KWIDTH": kwidth,
         "X_AHEAD": False,
@@ -129,15 +128,6 @@ def test_the_scales_of_a_row_come_in_one_load():
     # four groups a step and row: one load of 8 bytes for each of a lane's two rows
     code = _lower((8, 16, 512, 4))
     assert code.count("LDG.E.64") == 2, str(code)
-
-
-@pytest.mark.parametrize(("tile", "budget"), [((8, 32, 256, 4), 2.3), ((16, 32, 128, 8), 2.9)])
-@pytest.mark.parametrize("zero", [None, "fp16"])
-def test_x_through_shared_memory_leaves_weights_out_of_it(tile, budget, zero):
-    code = _lower(tile, zero=zero, X_SHARED=True, STAGES=2)
-    assert code.stack == 0 and code.count("STS", "SHFL") == 0, str(code)
-    assert code.count("LDSM") == tile[0] // 8 * tile[2] // 32, str(code)
-    assert _per_weight(code, tile) <= budget + (0.5 if zero else 0), str(code)
 
 
 def test_half_a_tile_of_rows_costs_half_the_matrix_unit():

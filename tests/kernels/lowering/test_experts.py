@@ -68,7 +68,6 @@ def lower_pairs(
         GATE=gate,
         ACT="silu" if gate != "none" else "none",
         KWIDTH=plan.kwidth,
-        PREFETCH=plan.prefetch,
         PDL=plan.pdl,
         ASM=True,
     )
@@ -249,7 +248,7 @@ def test_int8(plan, gate):
 
 
 def test_weights_of_the_second_product_are_on_their_way_before_it_waits_for_the_first():
-    plan = next(p for p, gate in shipped(PairsPlan, H200) if gate == "none" and not p.prefetch)
+    plan = next(p for p, gate in shipped(PairsPlan, H200) if gate == "none")
     code = lower_pairs(replace(plan, pdl="second"))
     wait = code.text.index("ACQBULK")
     loads = [at for at in range(len(code.text)) if code.text.startswith("LDG.E.128", at)]
