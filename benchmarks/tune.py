@@ -62,12 +62,6 @@ def candidates(p: Point, target: Arch) -> list:
     if p.m <= 4:
         plans += _decode_plans(p, target)
     for tile, split_k, whole in dispatch_hopper.candidates(p.problem, target.num_sms):
-        # far too small a tile, or far too many slices
-        if tile.block_m < min(p.m, 64) / 2 or 8 * tile.block_m < min(p.m, 1024):
-            continue
-        tiles = -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
-        if split_k > 1 and (tiles - whole) * split_k > 2 * tile.resident * target.num_sms:
-            continue
         for pdl in (False, True) if p.m < 64 else (True,):
             shape = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
             plans.append(HopperPlan(*shape, split_k, whole, pdl=pdl))

@@ -101,7 +101,7 @@ def test_regimes_change_where_dispatch_says(shape):
         group = 32 if act == "int8" else None
         return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
 
-    small = shape.n * shape.k <= dispatch.DECODE_SMALL or shape.group_size < 128
+    small = shape.n * shape.k < dispatch.DECODE_SMALL
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
     assert isinstance(at(1), DecodePlan) and isinstance(at(border), DecodePlan)
     assert isinstance(at(border + 1), HopperPlan)
@@ -133,8 +133,8 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
         == (p.block_m, p.block_n, p.num_warps, p.num_stages)
     )
     us = predicted_us(problem, chosen, p.split_k, p.whole, 132)
-    fits = [tile for tile in TILES if tile.block_m < 2 * max(m, 8)]
-    assert us <= min(predicted_us(problem, tile, 1, 0, 132) for tile in fits)
+    others = dispatch_hopper.candidates(problem, 132)
+    assert us == min(predicted_us(problem, *other, num_sms=132) for other in others)
 
 
 @given(problems())

@@ -30,8 +30,8 @@ __all__ = [
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
 # x (28672 x 4096: 20.1 and 22.2 us for 1 and 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
-# for small matrices, and for scales that cost a tile more: up to here (2048 x 4096: 4.8 us for 4
-# tokens against 6.1; 5376 x 8192, group 32: 15.2 against 16.8)
+# for smaller matrices than this, up to so many tokens (4 at 2048 x 4096: 4.8 us against 6.1; 5120 x
+# 2880, group 32: 6.6 against 8.7; but 4096 x 4096: 7.3 against 7.2)
 DECODE_SMALL_MAX_M = 4
 DECODE_SMALL = 1 << 24
 # beyond this K, programs of the next launch that start early cost more than they save
@@ -239,7 +239,7 @@ def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
 
 
 def _decode_max_m(p: Problem) -> int:
-    small = p.n * p.k <= DECODE_SMALL or p.group_size < 128
+    small = p.n * p.k < DECODE_SMALL
     return DECODE_SMALL_MAX_M if small else DECODE_MAX_M
 
 
