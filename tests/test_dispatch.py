@@ -132,9 +132,9 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
         if (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
         == (p.block_m, p.block_n, p.num_warps, p.num_stages)
     )
-    us = predicted_us(problem, chosen, p.split_k, p.whole, 132)
+    us = predicted_us(problem, 132, chosen, p.split_k, p.whole)
     others = dispatch_hopper.candidates(problem, 132)
-    assert us == min(predicted_us(problem, *other, num_sms=132) for other in others)
+    assert us == min(predicted_us(problem, 132, *other) for other in others)
 
 
 @given(problems())
@@ -165,17 +165,17 @@ def test_slices_are_few_enough(n, blocks, m):
 def test_finer_scales_cost_time_and_nothing_is_faster_than_the_read():
     for tile in TILES:
         coarse, fine = (Problem(512, 8192, 8192, group, "bf16") for group in (128, 32))
-        assert predicted_us(coarse, tile, 1, 0, 132) <= predicted_us(fine, tile, 1, 0, 132)
+        assert predicted_us(coarse, 132, tile, 1, 0) <= predicted_us(fine, 132, tile, 1, 0)
         one = Problem(1, 100_000, 8192, 128, "bf16")
         read_us = one.n * one.k * (0.5 + 2 / 128) / dispatch_hopper.READ_BYTES
         # on a card of any number of multiprocessors
-        assert predicted_us(one, tile, 1, 0, 100_000) == read_us
+        assert predicted_us(one, 100_000, tile, 1, 0) == read_us
 
 
 def test_predicted_time_grows_with_each_size():
     def us(m: int, n: int, k: int) -> float:
         problem = Problem(m, n, k, 128, "bf16")
-        return min(predicted_us(problem, tile, 1, 0, 132) for tile in TILES)
+        return min(predicted_us(problem, 132, tile, 1, 0) for tile in TILES)
 
     sizes = (128, 512, 2048, 8192)
     for m, n, k in itertools.product(sizes, sizes, sizes):

@@ -132,7 +132,7 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     'gemm 256x128/1'
     """
     sms = arch.num_sms
-    tile, split_k, whole = min(candidates(p, sms), key=lambda choice: predicted_us(p, *choice, sms))
+    tile, split_k, whole = min(candidates(p, sms), key=lambda choice: predicted_us(p, sms, *choice))
     return HopperPlan(
         tile.block_m,
         tile.block_n,
@@ -168,7 +168,7 @@ def _tiles(p: Problem, tile: HopperTile) -> int:
     return -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
 
 
-def predicted_us(p: Problem, tile: HopperTile, split_k: int, whole: int, num_sms: int) -> float:
+def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole: int) -> float:
     """Microseconds on an H200, as the formula at the top of this file says."""
     fine = p.group_size < 128
     alone = tile.alone + FINE_ALONE * fine
