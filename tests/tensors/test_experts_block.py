@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.experts import Block, blocks
@@ -45,6 +46,37 @@ def test_it_compiles_without_a_break_for_any_number_of_tokens(cls, mode):
                 torch._dynamo.mark_dynamic(t, 0)
             assert torch.equal(compiled(*load, *weights), run(*load, *weights))
     assert counter.frame_count == 1
+
+
+class Holder(nn.Module):
+    """A module that holds two stacks, as transformers' experts do."""
+
+    def __init__(self, cls: type) -> None:
+        super().__init__()
+        for name, n, k in (("gate_up", 128, 64), ("down", 64, 64)):
+            weight = Case(cls, n=n, k=k, stack=(3,)).weight()
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+    def forward(self, x, ids, weight):
+        return experts(x, ids, weight, self.gate_up, self.down)
+
+
+@both_classes
+def test_a_graph_takes_the_fields_of_the_weights_and_never_copies_them(cls):
+    module, seen = Holder(cls), []
+
+    def backend(graph, inputs):
+        seen.extend(inputs)
+        return graph.forward
+
+    ids, weight = torch.tensor([[0, 2], [1, 1]]), torch.full((2, 2), 0.5)
+    torch.compile(module, backend=backend, fullgraph=True)(torch.randn(2, 64), ids, weight)
+    assert not any(isinstance(t, cls) for t in seen)
+    fields = {id(t) for w in (module.gate_up, module.down) for t in (w.qdata, w.scale)}
+    found = [t for t in seen if id(t) in fields]
+    # CUDA graphs read these where they are
+    assert len(found) == 4
+    assert all(t._dynamo_static_input_type == "unguarded" for t in found)
 
 
 def test_weights_that_are_not_stacked_int4_are_refused():

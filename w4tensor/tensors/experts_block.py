@@ -12,8 +12,6 @@ from w4tensor.tensors.packed import PackedInt4
 __all__ = ["experts"]
 
 
-# traced as one call, as operators on the weights are: Dynamo does not see what they hold
-@torch.compiler.allow_in_graph
 def experts(
     x: Tensor,
     ids: Tensor,
