@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -167,6 +168,21 @@ def test_its_attributes_are_known_inside_a_graph(cls):
     y, n, dtype, device = run(x)
     assert torch.equal(y, linear(x)) and n == 64
     assert (dtype, device) == (linear.weight.dtype, linear.weight.device)
+
+
+@both_classes
+def test_another_thread_may_not_have_the_setting(cls):
+    linear = quantised(cls, nn.Linear(256, 64))
+    x, results = exact_x(3, 256), []
+
+    def run():
+        compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+        results.append(compiled(x))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], linear(x))
 
 
 @both_classes

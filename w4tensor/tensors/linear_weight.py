@@ -6,6 +6,9 @@ __torch_function__ is followed into that function instead, and the fields that i
 inputs of the graph. That serves F.linear, which is all that nn.Linear asks of its weight; any other
 operator on it breaks a compiled graph, so other weights stay tensors.
 
+From PyTorch 2.13 on, a setting of Dynamo is that of the thread which made it, here the importing
+one. Compiled in another, these weights are tensors like any other.
+
 The classes have the names of their parents: in files, messages and summary() they are those.
 """
 
