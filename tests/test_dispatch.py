@@ -135,6 +135,10 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
     us = predicted_us(problem, 132, chosen, p.split_k, p.whole)
     others = dispatch_hopper.candidates(problem, 132)
     assert us == min(predicted_us(problem, 132, *other) for other in others)
+    # among them all tiles, not sliced, that are neither half empty nor far too small
+    smallest = max(min(m, 64) / 2, min(m, 1024) / 8)
+    fits = [tile for tile in TILES if smallest <= tile.block_m < 2 * max(m, 8)]
+    assert us <= min(predicted_us(problem, 132, tile, 1, 0) for tile in fits)
 
 
 @given(problems())
