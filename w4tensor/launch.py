@@ -51,6 +51,19 @@ __all__ = [
 _ACT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def _on_its_device(run: Callable) -> Callable:
+    """`run`, whose first operand is x, on x's device: kernels start on the current one."""
+
+    @functools.wraps(run)
+    def there(x: Tensor, *operands):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *operands)
+        with torch.cuda.device(x.device):
+            return run(x, *operands)
+
+    return there
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(device: int, *problem):
     target = arch.current(device)
@@ -73,6 +86,11 @@ def _whole_rows(
     return qdata.contiguous(), scale.contiguous(), zero_point
 
 
+def _are_whole_rows(qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+    rest = zero_point is None or zero_point.is_contiguous()
+    return rest and qdata.is_contiguous() and scale.is_contiguous()
+
+
 def _stack(
     qdata: Tensor,
     scale: Tensor,
@@ -93,6 +111,7 @@ def _sixteen_bit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@_on_its_device
 def coalesced_linear(
     x: Tensor,
     qdata: Tensor,
@@ -110,12 +129,11 @@ def coalesced_linear(
     x3 = _sixteen_bit(x if stacked else x.reshape(1, -1, k))
     e, m, _ = x3.shape
     plan = _plan(x.device.index, m, n, k, group_size, _ACT_NAMES[x3.dtype], zero_point is None, e)
-    given = qdata, scale, zero_point
-    qdata, scale, zero_point = _whole_rows(*given)
-    copied = any(a is not b for a, b in zip((qdata, scale, zero_point), given, strict=True))
-    if copied and isinstance(plan, (DecodePlan, HopperPlan)):
-        # a dependent launch reads weights while the kernel ahead, which is the copy, still writes
-        plan = replace(plan, pdl=False)
+    if not _are_whole_rows(qdata, scale, zero_point):
+        qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
+        if isinstance(plan, (DecodePlan, HopperPlan)):
+            # a dependent launch reads weights while the kernel ahead, a copy, still writes them
+            plan = replace(plan, pdl=False)
     if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         return y.copy_(reference.linear(x, w, bias))
@@ -175,6 +193,7 @@ def _by_blocks(
             torch.addmm(part, x, w.t(), out=columns)
 
 
+@_on_its_device
 def grouped_linear(
     x: Tensor,
     qdata: Tensor,
@@ -194,6 +213,7 @@ def grouped_linear(
     return moe.grouped_linear(x, offs, stack, plan)
 
 
+@_on_its_device
 def gathered_linear(
     x: Tensor,
     ids: Tensor,
@@ -214,6 +234,7 @@ def gathered_linear(
     return moe.gathered_linear(x, ids, stack, plan)
 
 
+@_on_its_device
 def experts(
     x: Tensor,
     ids: Tensor,
@@ -241,6 +262,7 @@ def experts(
     return moe.experts(x, ids, weight, first, second, plan, gate, act)
 
 
+@_on_its_device
 def act_quant_linear(
     x: Tensor,
     qdata: Tensor,
@@ -301,6 +323,7 @@ _ACT_QUANT_KERNELS: dict[type, Callable] = {
 }
 
 
+@_on_its_device
 def quantize_activation(x: Tensor, act_group_size: int) -> tuple[Tensor, Tensor]:
     """x [.., K] -> int8 [.., K] and fp32 [.., groups], as reference.quantize_activation."""
     k = x.shape[-1]

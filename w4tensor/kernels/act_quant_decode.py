@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from w4tensor.kernels.act_quant_tile import cell_and_span, finish
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.ordered_sum import add_parts, arrive
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
@@ -232,6 +233,9 @@ def _load_group(scale_ptr, zero_ptr, group_row, g, n_groups):
     return scale, zero
 
 
+_launch_decode = Launcher(_decode_kernel)
+
+
 def act_quant_decode(
     x: Tensor,
     x_scale: Tensor,
@@ -259,12 +263,13 @@ def act_quant_decode(
     span = min(span, plan.block_k // plan.num_warps)
     assert m <= plan.block_m, "decode takes one tile of tokens"
     assert span >= 32, "a matrix instruction takes 32 k"
-    tiles = triton.cdiv(n, plan.block_n)
+    tiles = -(-n // plan.block_n)
     parts = counters = None
     if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
         counters = torch.zeros(e * tiles, device=x.device, dtype=torch.int32)
-    _decode_kernel[(tiles, plan.split_k, e)](
+    _launch_decode(
+        (tiles, plan.split_k, e),
         x,
         x_scale,
         x_sum,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, unpack_bytes
 
@@ -60,6 +61,9 @@ def _dequantize_kernel(
     tl.store(out_ptr + n[:, None] * K + k[None, :], w, mask=mask)
 
 
+_launch_dequantize = Launcher(_dequantize_kernel)
+
+
 def act_quant_dequantize(
     qdata: Tensor,
     scale: Tensor,
@@ -70,8 +74,9 @@ def act_quant_dequantize(
 ) -> None:
     """out [rows, K] (bf16, fp16 or fp32, contiguous) = rows first_row .. of contiguous W [N, *]."""
     rows, k = out.shape
-    grid = (triton.cdiv(k, 128), triton.cdiv(rows, BLOCK_N))
-    _dequantize_kernel[grid](
+    grid = (-(-k // 128), -(-rows // BLOCK_N))
+    _launch_dequantize(
+        grid,
         qdata.view(torch.uint8),
         scale,
         zero_point,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, dp4a
 
@@ -207,6 +208,9 @@ def _load_rows(
     return weights, scales, zeros
 
 
+_launch_dp4a = Launcher(_dp4a_kernel)
+
+
 def act_quant_dp4a(
     x: Tensor,
     x_scale: Tensor,
@@ -228,7 +232,8 @@ def act_quant_dp4a(
     e, m, n = y.shape
     n_groups = scale.shape[-1]
     assert m <= plan.tokens, "a thread holds every token"
-    _dp4a_kernel[(triton.cdiv(n, plan.rows * plan.block_n), e)](
+    _launch_dp4a(
+        (-(-n // (plan.rows * plan.block_n)), e),
         x.view(torch.int32),
         x_scale,
         x_sum,

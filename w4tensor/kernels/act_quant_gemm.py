@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K, cell_and_span, finish
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.ordered_sum import add_parts, arrive
 from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
@@ -273,6 +274,9 @@ def _load_tokens(ptr, g, n_groups, stride, m, ROWS: tl.constexpr):
     return _piece(tile.T, 0, ROWS).reshape(m.shape[0])
 
 
+_launch_gemm = Launcher(_gemm_kernel)
+
+
 def act_quant_gemm(
     x: Tensor,
     x_scale: Tensor,
@@ -298,7 +302,7 @@ def act_quant_gemm(
     act_group = max(act_group_size, 0)
     cell, span = cell_and_span(group, act_group)
     chain = group == act_group == 0 and k_padded <= MAX_CHAINED_K
-    tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(m, plan.block_m)
+    tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     parts = counters = None
     if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
@@ -309,7 +313,8 @@ def act_quant_gemm(
     if plan.x_tma:
         rows = e * m
         x_arg = TensorDescriptor(x, (rows, k_padded), (k_padded, 1), [plan.block_m, cell])
-    _gemm_kernel[(tiles, plan.split_k, e)](
+    _launch_gemm(
+        (tiles, plan.split_k, e),
         x_arg,
         x_scale,
         x_sum,

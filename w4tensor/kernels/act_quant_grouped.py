@@ -20,6 +20,7 @@ from torch import Tensor
 
 from w4tensor.kernels.act_quant_tile import MAX_CHAINED_K, cell_and_span
 from w4tensor.kernels.grouped import BLOCK_K, beside, lane_rows, store_tile, tile_rows
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
@@ -306,6 +307,9 @@ def _grouped_kernel(
             )
 
 
+_launch_grouped = Launcher(_grouped_kernel)
+
+
 def multiply_act_quant_grouped(
     x: Tensor,
     x_scale: Tensor,
@@ -341,7 +345,8 @@ def multiply_act_quant_grouped(
     act_group = max(act_group_size, 0)
     chain = group == act_group == 0 and x.shape[-1] <= MAX_CHAINED_K
     cell, span = (128, 128) if chain else cell_and_span(group, act_group)
-    _grouped_kernel[(triton.cdiv(n, plan.block_n), tiles.shape[0])](
+    _launch_grouped(
+        (-(-n // plan.block_n), tiles.shape[0]),
         x,
         x_scale,
         x_sum,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from w4tensor.kernels.launcher import Launcher
+
 BLOCK = 1024
 
 
@@ -40,6 +42,9 @@ def _combine_kernel(
     tl.store(y_ptr + token * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
+_launch_combine = Launcher(_combine_kernel)
+
+
 def combine(
     pairs: Tensor, ids: Tensor, weight: Tensor, y: Tensor, n_experts: int, pdl: bool = False
 ) -> Tensor:
@@ -48,8 +53,9 @@ def combine(
     n = pairs.shape[1]
     if tokens == 0:
         return y
-    block = min(BLOCK, triton.next_power_of_2(n))
-    _combine_kernel[(tokens, triton.cdiv(n, block))](
+    block = min(BLOCK, 1 << (n - 1).bit_length())
+    _launch_combine(
+        (tokens, -(-n // block)),
         pairs,
         ids,
         weight,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from w4tensor.kernels.groups import groups_of
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.ordered_sum import add_parts, arrive
 from w4tensor.kernels.unpack import (
     CODE_UNIT,
@@ -318,6 +319,9 @@ def _finish(y, bias_ptr, y_ptrs, n, N, mask):
     tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
 
 
+_launch_decode = Launcher(_decode_kernel)
+
+
 def decode(
     x: Tensor,
     qdata: Tensor,
@@ -338,13 +342,14 @@ def decode(
     step = plan.num_warps * plan.block_k
     assert n_groups == 1 or step % group_size == 0, "groups straddle steps"
     segments = 1 if n_groups == 1 else max(1, plan.block_k // group_size)
-    tiles = triton.cdiv(n, plan.block_n)
+    tiles = -(-n // plan.block_n)
     parts = counters = None
     if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
         counters = torch.zeros(e * tiles, device=x.device, dtype=torch.int32)
     vector = groups_of(scale, zero_point, group_size, plan.block_k // 128).vector
-    _decode_kernel[(tiles, plan.split_k, e)](
+    _launch_decode(
+        (tiles, plan.split_k, e),
         x,
         qdata.view(torch.int32),
         scale,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import FP16_LIFT, join8, unpack_scaled, use_asm
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def _dequantize_kernel(
     tl.store(out_ptrs, z, mask=mask)
 
 
+_launch_dequantize = Launcher(_dequantize_kernel)
+
+
 def dequantize(
     qdata: Tensor,
     scale: Tensor,
@@ -110,10 +114,11 @@ def dequantize(
     """out [rows, K] (bf16 or fp16, contiguous) = rows first_row .. of contiguous W [N, *]."""
     rows, k = out.shape
     n_groups = scale.shape[-1]
-    blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(k, 128)))
-    grid = (triton.cdiv(k, 128 * blocks), triton.cdiv(rows, BLOCK_N))
+    blocks = min(BLOCKS, 1 << (-(-k // 128) - 1).bit_length())
+    grid = (-(-k // (128 * blocks)), -(-rows // BLOCK_N))
     group = 0 if n_groups == 1 else group_size
-    _dequantize_kernel[grid](
+    _launch_dequantize(
+        grid,
         qdata.view(torch.int32),
         scale,
         zero_point,

@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from w4tensor.kernels.groups import groups_of
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.ordered_sum import add_parts, arrive
 from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import (
@@ -235,6 +236,9 @@ def _finish(acc, bias_ptr, y_ptrs, n, N, mask):
     tl.store(y_ptrs, acc.to(y_ptrs.dtype.element_ty), mask=mask)
 
 
+_launch_gemm = Launcher(_gemm_kernel)
+
+
 def gemm(
     x: Tensor,
     qdata: Tensor,
@@ -251,7 +255,7 @@ def gemm(
     """
     e, m, k = x.shape
     n, n_groups = scale.shape[-2:]
-    tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(m, plan.block_m)
+    tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     parts = counters = None
     if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
@@ -261,7 +265,8 @@ def gemm(
     vector = groups_of(scale, zero_point, group_size, blocks=1).vector
     x_tma = plan.x_tma and _tma_reads(x)
     x_arg = TensorDescriptor(x, (e * m, k), x.stride()[1:], [plan.block_m, 128]) if x_tma else x
-    _gemm_kernel[(tiles, plan.split_k, e)](
+    _launch_gemm(
+        (tiles, plan.split_k, e),
         x_arg,
         qdata.view(torch.int32),
         scale,

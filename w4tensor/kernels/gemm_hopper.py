@@ -13,12 +13,12 @@ import random
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from w4tensor.kernels.hopper_loop import accumulate, barrier, descriptor, layout_of_rows, store
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 
 if TYPE_CHECKING:
@@ -216,6 +216,9 @@ def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
     return first, block_m - first
 
 
+_launch_gemm = Launcher(_gemm_hopper_kernel)
+
+
 def gemm_hopper(
     x: Tensor,
     qdata: Tensor,
@@ -235,7 +238,7 @@ def gemm_hopper(
     n, n_groups = scale.shape[-2:]
     words = qdata.view(torch.int32).view(n, -1)
     steps = words.shape[1] // 16
-    tiles = triton.cdiv(n, plan.block_n) * triton.cdiv(m, plan.block_m)
+    tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     split_k = min(plan.split_k, steps)
     cut = tiles - plan.whole
     parts = flags = None
@@ -249,12 +252,13 @@ def gemm_hopper(
     stored_whole = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
     x_descs, y_descs = [], []
     for rows in runs_of_tokens(plan.block_m, m):
-        x_descs.append(descriptor(x, [rows, 128], dtype) if rows else None)
+        x_descs.append(descriptor(x, (rows, 128), dtype) if rows else None)
         whole = rows and stored_whole
-        y_descs.append(descriptor(y, [rows, plan.block_n], dtype) if whole else None)
-    _gemm_hopper_kernel[(plan.whole + cut * split_k,)](
+        y_descs.append(descriptor(y, (rows, plan.block_n), dtype) if whole else None)
+    _launch_gemm(
+        (plan.whole + cut * split_k,),
         *x_descs,
-        descriptor(words, [plan.block_n, 16], gl.int32),
+        descriptor(words, (plan.block_n, 16), gl.int32),
         *y_descs,
         y,
         scale,

@@ -29,6 +29,7 @@ from torch import Tensor
 from w4tensor.kernels.act_quant_words import unpackable
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.groups import groups_of
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.settle import settle
 from w4tensor.kernels.unpack import (
     CODE_UNIT,
@@ -355,6 +356,9 @@ def _grouped_kernel(
             )
 
 
+_launch_grouped = Launcher(_grouped_kernel)
+
+
 def multiply_grouped(
     x: Tensor,
     order: Tensor | None,
@@ -388,7 +392,8 @@ def multiply_grouped(
         return y
     words = qdata.view(torch.int32)
     groups = groups_of(scale, zero_point, group_size, 1)
-    _grouped_kernel[(triton.cdiv(n, plan.block_n), tiles.shape[0])](
+    _launch_grouped(
+        (-(-n // plan.block_n), tiles.shape[0]),
         x,
         order,
         tiles,

@@ -23,6 +23,7 @@ from w4tensor.kernels.hopper_loop import (
     layout_of_rows,
     layout_of_sums,
 )
+from w4tensor.kernels.launcher import Launcher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +60,15 @@ def _gather_kernel(
         )
 
 
+_launch_gather = Launcher(_gather_kernel)
+
+
 def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -> Tensor:
     """x [T, K] -> [pairs, K]: row r is x[order[r] // x_div]; those from offs[-1] on are unset."""
     k = x.shape[1]
     out = torch.empty(order.numel(), k, device=x.device, dtype=x.dtype)
-    _gather_kernel[(order.numel(), triton.cdiv(k, GATHERED))](
+    _launch_gather(
+        (order.numel(), -(-k // GATHERED)),
         x,
         order,
         offs,
@@ -201,6 +206,9 @@ def _store(
     gl.store(y_ptr + at, y, mask=inside.expand_dims(1) & (n < n_out).expand_dims(0))
 
 
+_launch_grouped_hopper = Launcher(_grouped_hopper_kernel)
+
+
 def multiply_grouped_hopper(
     x: Tensor,
     order: Tensor | None,
@@ -232,9 +240,10 @@ def multiply_grouped_hopper(
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
-    _grouped_hopper_kernel[(triton.cdiv(n_out, out), tiles.shape[0])](
-        descriptor(aligned_rows(x), [plan.block_m, 128], dtype),
-        descriptor(words, [fetched, 16], gl.int32),
+    _launch_grouped_hopper(
+        (-(-n_out // out), tiles.shape[0]),
+        descriptor(aligned_rows(x), (plan.block_m, 128), dtype),
+        descriptor(words, (fetched, 16), gl.int32),
         order,
         tiles,
         y,

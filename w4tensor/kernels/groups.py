@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,12 +28,16 @@ class Groups:
 
 def groups_of(scale: Tensor, zero_point: Tensor | None, group_size: int, blocks: int) -> Groups:
     """The Groups of a weight; group_size may be K itself, of any size."""
-    n_groups, stride = scale.shape[-1], scale.stride(-2)
+    widest = max(scale.element_size(), 0 if zero_point is None else zero_point.element_size())
+    return _groups(scale.shape[-1], scale.stride(-2), widest, group_size, blocks)
+
+
+@functools.cache
+def _groups(n_groups: int, stride: int, widest: int, group_size: int, blocks: int) -> Groups:
     parts = 128 // group_size if group_size in (16, 32, 64) else 1
     blocks_a_group = -(-group_size // 128)
     vector = 1
     if blocks_a_group == 1:
-        widest = max(scale.element_size(), 0 if zero_point is None else zero_point.element_size())
         while (
             vector * 2 <= min(blocks * parts, 16 // widest)
             and n_groups % (vector * 2) == 0

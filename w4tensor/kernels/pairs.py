@@ -36,6 +36,7 @@ from torch import Tensor
 from w4tensor.kernels.act_quant_words import unpackable
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.groups import groups_of
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import CODE_UNIT, SYMMETRIC_ZERO_POINT, join8, unpack, use_asm
 
 if TYPE_CHECKING:
@@ -286,6 +287,9 @@ def _pairs_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(n < n_out) & (m == 0))
 
 
+_launch_pairs = Launcher(_pairs_kernel)
+
+
 def multiply_pairs(
     x: Tensor,
     ids: Tensor,
@@ -318,7 +322,8 @@ def multiply_pairs(
     groups = groups_of(scale, zero_point, group_size, plan.blocks)
     n_out = n if gate == "none" else n // 2
     rows = plan.tiles * (16 if gate == "none" else 8)
-    _pairs_kernel[(items, triton.cdiv(n_out, rows))](
+    _launch_pairs(
+        (items, -(-n_out // rows)),
         x,
         ids,
         weight,

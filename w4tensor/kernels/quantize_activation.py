@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack_act_quant import word_order
 from w4tensor.layout import padded_k
 
@@ -111,8 +112,8 @@ def quantize_activation(
     e, m, width = x.shape
     k = width // 2 if silu_mul else width
     # a multiple that keeps vectors of scales aligned, and the scales of a batch apart
-    stride = triton.cdiv(m, TOKEN_PAD) * TOKEN_PAD
-    n_groups = 1 if act_group_size == -1 else triton.cdiv(k, act_group_size)
+    stride = -(-m // TOKEN_PAD) * TOKEN_PAD
+    n_groups = 1 if act_group_size == -1 else -(-k // act_group_size)
     codes = torch.empty(e, m, padded_k(k), dtype=torch.int8, device=x.device)
     scale = torch.empty(e, n_groups, stride, dtype=torch.float32, device=x.device)
     sums = None
@@ -143,6 +144,9 @@ def round_activation(
     return out
 
 
+_launch_quantize = Launcher(_quantize_kernel)
+
+
 def _launch(
     x: Tensor,
     out: Tensor,
@@ -160,13 +164,14 @@ def _launch(
     if x.stride(1) != 1:
         x = x.contiguous()
     per_token = act_group_size == -1
-    whole_row = triton.next_power_of_2(out.shape[-1])
+    whole_row = 1 << (out.shape[-1] - 1).bit_length()
     block = whole_row if per_token or sum_group_size == k else min(BLOCK, whole_row)
     # no group is wider than the tile
     block = max(block, act_group_size)
     if e * m == 0:
         return
-    _quantize_kernel[(e * m, triton.cdiv(out.shape[-1], block))](
+    _launch_quantize(
+        (e * m, -(-out.shape[-1] // block)),
         x,
         out,
         scale,

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from w4tensor.kernels.launcher import Launcher
+
 # pairs a program looks at together
 BLOCK_PAIRS = 4096
 # tile slots that one store fills
@@ -108,6 +110,9 @@ def _tiles_kernel(
     _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
 
 
+_launch_route = Launcher(_route_kernel)
+
+
 def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple[Tensor, ...]:
     """ids [.., top_k] -> order int32 [pairs], offs int32 [E], tiles int32 [n_tiles, 3].
 
@@ -118,8 +123,9 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
     order = torch.empty(n_pairs, dtype=torch.int32, device=ids.device)
     offs = torch.empty(n_experts, dtype=torch.int32, device=ids.device)
     tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=ids.device)
-    block = min(BLOCK_PAIRS, max(128, triton.next_power_of_2(n_pairs)))
-    _route_kernel[(n_experts + 1,)](
+    block = min(BLOCK_PAIRS, max(128, 1 << (n_pairs - 1).bit_length()))
+    _launch_route(
+        (n_experts + 1,),
         ids.contiguous(),
         order,
         offs,
@@ -137,6 +143,9 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
     return order, offs, tiles
 
 
+_launch_tiles = Launcher(_tiles_kernel)
+
+
 def tiles_of(offs: Tensor, n_rows: int, block_m: int) -> Tensor:
     """offs int32 [E], the row at which each expert ends -> tiles int32 [n_tiles, 3].
 
@@ -145,7 +154,8 @@ def tiles_of(offs: Tensor, n_rows: int, block_m: int) -> Tensor:
     n_experts = offs.numel()
     n_tiles = n_rows // block_m + min(n_experts, n_rows) + 1
     tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=offs.device)
-    _tiles_kernel[(n_experts + 1,)](
+    _launch_tiles(
+        (n_experts + 1,),
         offs,
         tiles,
         n_rows,

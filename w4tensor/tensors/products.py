@@ -130,7 +130,8 @@ def _f_linear(func, types, args, kwargs):
     x = args[0] if args else kwargs["input"]
     w = args[1] if len(args) > 1 else kwargs["weight"]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    if not isinstance(w, PackedInt4) or w.transposed or w.ndim != 2:
+    # not w.ndim, which goes through __torch_function__
+    if not isinstance(w, PackedInt4) or w.transposed or w.qdata.ndim != 2:
         raise MisdispatchError(
             f"F.linear takes an int4 tensor as its weight [N, K] only; dequantize() {w!r} first"
         )
