@@ -19,3 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What stands for a CUDA device (tests/machine.py)."""
+    from tests.machine import in_place_of_a_device
+
+    yield from in_place_of_a_device(monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
 from w4tensor.kernels.hopper_loop import aligned_rows
+from w4tensor.kernels.launcher import KEPT
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
@@ -45,6 +47,7 @@ __all__ = [
     "experts",
     "gathered_linear",
     "grouped_linear",
+    "linear_again",
     "quantize_activation",
 ]
 
@@ -111,6 +114,61 @@ def _sixteen_bit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# {what operands of linear_again have in common: what multiplies such}
+_again: dict[tuple | None, Callable] = {}
+
+
+def linear_again(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    act_group_size: int | None,
+) -> Tensor | None:
+    """The product of operands that are like earlier ones, which were checked; None if none were.
+
+    Checks, a plan and its arguments cost the host more than decoding a token costs the device.
+    """
+    again = _again.get(_kind(x, qdata, scale, zero_point, bias, group_size, act_group_size))
+    if again is None:
+        return None
+    y = x.new_empty((*x.shape[:-1], qdata.shape[-2]))
+    if x.ndim == 2:
+        again(x, qdata, scale, zero_point, bias, y)
+    else:
+        k, n = x.shape[-1], y.shape[-1]
+        again(x.view(-1, k), qdata, scale, zero_point, bias, y.view(-1, n))
+    return y
+
+
+def _kind(x, qdata, scale, zero_point, bias, group_size, act_group_size) -> tuple | None:
+    """All that checks, plans and launches look at; None for operands that need a copy, another
+    device or other machine code."""
+    device = torch.cuda.current_device()
+    kind: list[Any] = [device, group_size, act_group_size]
+    addresses = 0
+    for t in (x, qdata, scale, zero_point, bias):
+        if t is None:
+            kind.append(None)
+            continue
+        if t.get_device() != device or not t.is_contiguous():
+            return None
+        addresses |= t.data_ptr()
+        kind += t.shape, t.dtype
+    return None if addresses % 16 else tuple(kind)
+
+
+def _remember(again: Callable | None, *operands) -> None:
+    kind = None if again is None else _kind(*operands)
+    if again is None or kind is None:
+        return
+    if len(_again) == KEPT:
+        _again.clear()
+    _again[kind] = again
+
+
 @_on_its_device
 def coalesced_linear(
     x: Tensor,
@@ -129,6 +187,8 @@ def coalesced_linear(
     x3 = _sixteen_bit(x if stacked else x.reshape(1, -1, k))
     e, m, _ = x3.shape
     plan = _plan(x.device.index, m, n, k, group_size, _ACT_NAMES[x3.dtype], zero_point is None, e)
+    given = qdata, scale, zero_point, bias
+    bias = None if bias is None else bias.contiguous()
     if not _are_whole_rows(qdata, scale, zero_point):
         qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
         if isinstance(plan, (DecodePlan, HopperPlan)):
@@ -137,7 +197,10 @@ def coalesced_linear(
     if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         return y.copy_(reference.linear(x, w, bias))
-    run_coalesced(plan, x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size)
+    weight = qdata, scale, zero_point
+    again = run_coalesced(plan, x3, *weight, bias, y.view(e, m, n), group_size)
+    if x3.dtype == x.dtype:
+        _remember(again, x, *given, group_size, None)
     return y
 
 
@@ -150,17 +213,21 @@ def run_coalesced(
     bias: Tensor | None,
     y: Tensor,
     group_size: int,
-) -> None:
-    """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *]."""
+) -> Callable | None:
+    """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *].
+
+    Returns what does so for x .. y alike, if anything: x and y may then be 2-D, x's rows aligned.
+    """
     weight = qdata, scale, zero_point
     if isinstance(plan, DecodePlan):
-        decode(x, *weight, bias, y, group_size, plan)
-    elif isinstance(plan, GemmPlan):
+        return decode(x, *weight, bias, y, group_size, plan)
+    if isinstance(plan, HopperPlan):
+        return gemm_hopper(aligned_rows(x[0]), *weight, bias, y[0], group_size, plan)
+    if isinstance(plan, GemmPlan):
         gemm(x, *weight, bias, y, group_size, plan)
-    elif isinstance(plan, HopperPlan):
-        gemm_hopper(aligned_rows(x[0]), *weight, bias, y[0], group_size, plan)
     else:
         _by_blocks(dequantize, x[0], *weight, group_size, bias, y[0], plan.rows)
+    return None
 
 
 def _by_blocks(
@@ -282,16 +349,25 @@ def act_quant_linear(
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
     # a quantising launch stands between a copy and what may start before its predecessor is done
+    given = qdata, scale, zero_point, bias
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
+    bias = None if bias is None else bias.contiguous()
     if isinstance(plan, ActQuantHopperPlan):
-        rounded = round_activation(x3, act_group_size, word_order=True, pdl=plan.gemm.pdl)[0]
-        y2 = y.view(m, n)
-        gemm_hopper(rounded, qdata, scale, zero_point, bias, y2, group_size, plan.gemm)
+        gemm = plan.gemm
+
+        def rounded(x: Tensor) -> Tensor:
+            x = x.view(1, m, k)
+            return round_activation(x, act_group_size, word_order=True, pdl=gemm.pdl)[0]
+
+        operands = qdata, scale, zero_point, bias, y.view(m, n)
+        multiply = gemm_hopper(rounded(x3), *operands, group_size, gemm)
+        again = multiply and (lambda x, *rest: multiply(rounded(x), *rest))
+        _remember(again, x, *given, group_size, act_group_size)
         return y
     if isinstance(plan, ActQuantRoundedPlan):
-        rounded = round_activation(x3, act_group_size)[0]
+        x2 = round_activation(x3, act_group_size)[0]
         weight = (qdata, scale, zero_point, group_size)
-        _by_blocks(act_quant_dequantize, rounded, *weight, bias, y.view(m, n), plan.rows)
+        _by_blocks(act_quant_dequantize, x2, *weight, bias, y.view(m, n), plan.rows)
         return y
     run = _ACT_QUANT_KERNELS.get(type(plan))
     if run is None:

@@ -333,10 +333,14 @@ def _reference_quantize_activation(x, act_group_size):
 
 def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
     """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
-    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
-    _check_linear(x, qdata, bias)
     from w4tensor import launch
 
+    if layout_version == LAYOUT_VERSION:
+        y = launch.linear_again(x, qdata, scale, zero_point, bias, group_size, act_group_size)
+        if y is not None:
+            return y
+    _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    _check_linear(x, qdata, bias)
     if act_group_size is None:
         return launch.coalesced_linear(x, qdata, scale, zero_point, bias, group_size)
     return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)

@@ -10,6 +10,7 @@ Programs wait only for programs that were started before them.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -228,46 +229,52 @@ def gemm_hopper(
     y: Tensor,
     group_size: int,
     plan: HopperPlan,
-) -> None:
+) -> Callable | None:
     """y [M, N] from x [M, K] (bf16 or fp16; 16-byte aligned rows) and contiguous W [N, *]
     or [1, N, *]. zero_point and bias [N] may be None. y is contiguous: bf16, fp16 or fp32.
 
     qdata is COALESCED, or ACT_QUANT, for which x is [M, padded_k(K)] in word order.
+    Returns what does so for x .. y alike (launcher.py), if anything.
     """
     m = x.shape[0]
     n, n_groups = scale.shape[-2:]
-    words = qdata.view(torch.int32).view(n, -1)
-    steps = words.shape[1] // 16
+    steps = qdata.shape[-1] * qdata.element_size() // 64
     tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     split_k = min(plan.split_k, steps)
     cut = tiles - plan.whole
-    parts = flags = None
-    if split_k > 1:
-        # sums of 4 bytes and flags of 8 in one allocation
-        stored = cut * (split_k - 1)
-        sums = stored * plan.block_m * plan.block_n
-        parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
-        flags = parts[sums:].view(torch.int64)
+    # slices whose sums are stored
+    stored = cut * (split_k - 1)
+    sums = stored * plan.block_m * plan.block_n
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    stored_whole = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
-    x_descs, y_descs = [], []
-    for rows in runs_of_tokens(plan.block_m, m):
-        x_descs.append(descriptor(x, (rows, 128), dtype) if rows else None)
-        whole = rows and stored_whole
-        y_descs.append(descriptor(y, (rows, plan.block_n), dtype) if whole else None)
-    _launch_gemm(
+    first, second = runs_of_tokens(plan.block_m, m)
+    by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
+
+    def operands(x, qdata, scale, zero_point, bias, y) -> tuple:
+        parts = flags = None
+        if stored:
+            # sums of 4 bytes and flags of 8 in one allocation
+            parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
+            flags = parts[sums:].view(torch.int64)
+        words = qdata.view(torch.int32).view(n, -1)
+        return (
+            descriptor(x, (first, 128), dtype),
+            descriptor(x, (second, 128), dtype) if second else None,
+            descriptor(words, (plan.block_n, 16), gl.int32),
+            descriptor(y, (first, plan.block_n), dtype) if by_tiles else None,
+            descriptor(y, (second, plan.block_n), dtype) if by_tiles and second else None,
+            y,
+            scale,
+            zero_point,
+            bias,
+            parts,
+            flags,
+            # odd and of 8 bytes: one specialisation
+            random.getrandbits(60) | 1 << 61 | 1,
+        )
+
+    again = _launch_gemm.again(
         (plan.whole + cut * split_k,),
-        *x_descs,
-        descriptor(words, (plan.block_n, 16), gl.int32),
-        *y_descs,
-        y,
-        scale,
-        zero_point,
-        bias,
-        parts,
-        flags,
-        # odd and of 8 bytes: one specialisation
-        random.getrandbits(60) | 1 << 61 | 1,
+        *operands(x, qdata, scale, zero_point, bias, y),
         m,
         n,
         steps,
@@ -284,3 +291,4 @@ def gemm_hopper(
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
     )
+    return again and (lambda *tensors: again(*operands(*tensors)))

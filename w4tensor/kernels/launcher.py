@@ -41,9 +41,21 @@ class Launcher:
         self._known: dict[tuple, tuple[Any, list]] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        self._launch(grid, args, constants)
+
+    def again(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Again | None:
+        """Launch, and return what launches that code again without looking at anything.
+
+        For callers that know when arguments agree. again(*first) takes as many of the first
+        arguments as may differ. None where the code is not to be had: see above.
+        """
+        known = self._launch(grid, args, constants)
+        return None if known is None else Again(known[0], args, known[1])
+
+    def _launch(self, grid: tuple, args: tuple, constants: dict) -> tuple[Any, list] | None:
         if not self._compiles:
             self._kernel[grid](*args, **constants)
-            return
+            return None
         agree: list[Any] = [torch.cuda.current_device(), grid, *constants.values()]
         addresses = 0
         for i, arg in enumerate(args):
@@ -59,13 +71,29 @@ class Launcher:
                 agree += arg.base.dtype, *arg.block_shape
         key = tuple(agree)
         known = None if addresses % 16 else self._known.get(key)
-        if known is None:
-            compiled = self._kernel[grid](*args, **constants)
-            if isinstance(compiled, CompiledKernel) and addresses % 16 == 0:
-                if len(self._known) == KEPT:
-                    self._known.clear()
-                constexprs = [constants[name] for name in self._names[len(args) :]]
-                self._known[key] = compiled[(*grid, 1, 1)[:3]], constexprs
-            return
-        run, constexprs = known
-        run(*args, *constexprs)
+        if known is not None:
+            run, constexprs = known
+            run(*args, *constexprs)
+            return known
+        compiled = self._kernel[grid](*args, **constants)
+        if addresses % 16 or not isinstance(compiled, CompiledKernel):
+            return None
+        if len(self._known) == KEPT:
+            self._known.clear()
+        constexprs = [constants[name] for name in self._names[len(args) :]]
+        known = self._known[key] = compiled[(*grid, 1, 1)[:3]], constexprs
+        return known
+
+
+class Again:
+    """A launch with other first arguments."""
+
+    __slots__ = ("_args", "_run")
+
+    def __init__(self, run: Any, args: tuple, constexprs: list):
+        self._run = run
+        # tensors are among the first, and not kept alive
+        self._args = *(arg if isinstance(arg, int) else None for arg in args), *constexprs
+
+    def __call__(self, *first: Any) -> None:
+        self._run(*first, *self._args[len(first) :])
