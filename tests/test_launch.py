@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,3 +60,25 @@ def test_the_finer_groups_of_two_stacks_decide(plans, first, second, kind):
     ids, weight = torch.zeros(64, 2, dtype=torch.int64), torch.ones(64, 2)
     launch.experts(x, ids, weight, stack(256, first), stack(128, second), "halves", "silu")
     assert isinstance(plans[0].first, kind) and isinstance(plans[0].second, kind)
+
+
+def test_kernels_start_on_the_device_of_x(monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    run = launch._on_its_device(lambda x, y: (x.device.index, y, len(entered)))
+    for index, expected in ((0, 0), (1, 1)):
+        x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        assert run(x, "y") == (index, "y", expected)
+    assert entered == [torch.device("cuda", 1)]

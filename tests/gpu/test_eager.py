@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from w4tensor import CudaCoalescedInt4Tensor, PackingError
+from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, PackingError, launch
 
 pytestmark = pytest.mark.gpu
 
@@ -50,3 +50,53 @@ def test_a_mode_sees_the_operator(weight, x):
     with Seen(), torch.no_grad():
         F.linear(x, weight)
     assert any("w4tensor.linear" in name for name in seen)
+
+
+@pytest.mark.parametrize(
+    "cls,fields", [(CudaCoalescedInt4Tensor, {}), (Int4ActQuantTensor, {"act_group_size": 32})]
+)
+@pytest.mark.parametrize("zero", ["symmetric", "min_max"])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("n,k", [(1024, 2048), (520, 640)])
+def test_calls_that_are_alike_give_what_the_first_one_does(cls, fields, zero, group_size, n, k):
+    weights = [
+        cls.from_hp(torch.randn(n, k).bfloat16().cuda(), group_size, zero, **fields)
+        for _ in range(2)
+    ]
+    bias = torch.randn(n, device="cuda").bfloat16()
+    for m in (1, 2, 3, 16, 40, 65, 96, 300, 2048):
+        xs = torch.randn(3, m, k, device="cuda").bfloat16()
+        spoilt = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            launch._again.clear()
+            expected = []
+            for w in weights:
+                for x in xs:
+                    launch._again.clear()
+                    expected.append((F.linear(x, w, bias), F.linear(off_by_one(x), w, bias)))
+            for w in weights:
+                for x in xs:
+                    # what the next product may be given as its memory
+                    del spoilt
+                    y, moved = F.linear(x, w, bias), F.linear(off_by_one(x), w, bias)
+                    spoilt = torch.full_like(y, float("nan"))
+                    first, first_moved = expected.pop(0)
+                    assert torch.equal(y, first) and torch.equal(moved, first_moved)
+
+
+def off_by_one(x):
+    """The same values, at an address that is no multiple of 16."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("m", [1, 40])
+def test_the_device_of_x_need_not_be_the_current_one(m):
+    weight = CudaCoalescedInt4Tensor.from_hp(torch.randn(256, 512).bfloat16(), 128)
+    x = torch.randn(m, 512).bfloat16()
+    with torch.no_grad():
+        here, there = (
+            [F.linear(x.to(device), weight.to(device)).cpu() for _ in range(3)]
+            for device in ("cuda:0", "cuda:1")
+        )
+    assert all(torch.equal(y, here[0]) for y in here + there)
