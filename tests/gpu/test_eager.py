@@ -66,7 +66,6 @@ def test_calls_that_are_alike_give_what_the_first_one_does(cls, fields, zero, gr
     bias = torch.randn(n, device="cuda").bfloat16()
     for m in (1, 2, 3, 16, 40, 65, 96, 300, 2048):
         xs = torch.randn(3, m, k, device="cuda").bfloat16()
-        spoilt = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
         with torch.no_grad():
             launch._again.clear()
             expected = []
@@ -76,10 +75,9 @@ def test_calls_that_are_alike_give_what_the_first_one_does(cls, fields, zero, gr
                     expected.append((F.linear(x, w, bias), F.linear(off_by_one(x), w, bias)))
             for w in weights:
                 for x in xs:
-                    # what the next product may be given as its memory
-                    del spoilt
+                    # freed at once: memory that the product may be given
+                    torch.full((2, m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
                     y, moved = F.linear(x, w, bias), F.linear(off_by_one(x), w, bias)
-                    spoilt = torch.full_like(y, float("nan"))
                     first, first_moved = expected.pop(0)
                     assert torch.equal(y, first) and torch.equal(moved, first_moved)
 
