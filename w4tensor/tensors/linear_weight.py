@@ -35,7 +35,6 @@ from torch._dynamo.source import (
 )
 from torch._guards import Guard, Source
 from torch.compiler import is_dynamo_compiling
-from torch.nn.functional import linear
 
 from w4tensor.tensors.act_quant import Int4ActQuantTensor
 from w4tensor.tensors.coalesced import CudaCoalescedInt4Tensor
@@ -43,14 +42,16 @@ from w4tensor.tensors.packed import PackedInt4
 
 __all__ = ["as_linear_weight", "wants"]
 
-
 # every graph with one of these weights guards on it; not an int, which Dynamo may make symbolic
 _epoch = "0"
+# the handler of F.linear is the same in both classes
+_product = CudaCoalescedInt4Tensor._linear
 # what compiled code reads of a weight, beside its class
-_READ = (*Int4ActQuantTensor.tensor_data_names, *Int4ActQuantTensor.tensor_attribute_names)
-_READ += (
+_READ = (
+    *Int4ActQuantTensor.tensor_data_names,
+    *Int4ActQuantTensor.tensor_attribute_names,
     *Int4ActQuantTensor.optional_tensor_data_names,
-    "transposed",
+    *Int4ActQuantTensor.optional_tensor_attribute_names,
     "ndim",
     "__torch_function__",
 )
@@ -59,11 +60,9 @@ _READ += (
 class _LinearWeight(PackedInt4):
     """What both classes add: compiled code guards their fields as one."""
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is not linear:
-            return super().__torch_function__(func, types, args, kwargs)
-        y = cls._linear(func, types, args, kwargs or {})
+    @staticmethod
+    def _linear(func, types, args, kwargs):  # type: ignore[override]
+        y = _product(func, types, args, kwargs)
         # to read _epoch is to guard on it
         if is_dynamo_compiling() and _epoch:
             weight = args[1] if len(args) > 1 else kwargs["weight"]  # noqa: F841
