@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
+import re
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch._C._dynamo.guards import DictGuardManager
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import quantize_
 
@@ -195,3 +202,244 @@ def test_another_operator_breaks_the_graph_and_is_right(cls):
         return (x + 1) @ linear.weight.t() - 1
 
     assert torch.allclose(run(x), F.linear(x + 1, linear.weight) - 1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 256), nn.Linear(256, 256)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+@dataclass
+class Node:
+    """A node of Dynamo's tree of guards."""
+
+    type: type
+    tag_safe: bool
+    children: int
+
+
+def guard_nodes(run) -> list[Node]:
+    """Every node of the guards of the one graph that was compiled of the function `run`."""
+    (entry,) = _debug_get_cache_entry_list(run.__code__)
+    nodes, left = [], [entry.guard_manager.root]
+    while left:
+        manager = left.pop()
+        children = list(manager.get_child_managers())
+        if isinstance(manager, DictGuardManager):
+            children += [m for pair in manager.get_key_value_managers().values() for m in pair if m]
+        if manager is not entry.guard_manager.root:
+            kind = manager.get_type_of_guarded_value()
+            nodes.append(Node(kind, manager.is_tag_safe(), len(children)))
+        left += children
+    return nodes
+
+
+# torch 2.13 has it off
+@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+@both_classes
+def test_guards_are_as_few_as_those_of_plain_weights(cls):
+    """Structure, not time: with accessors on a weight, each call walks to it."""
+
+    def compiled(stack):
+        def run(x):
+            return stack(x)
+
+        # both have the same code, and what was compiled is kept there
+        torch._dynamo.reset()
+        torch.compile(run, backend="eager", fullgraph=True)(exact_x(3, 256))
+        return guard_nodes(run)
+
+    def stack():
+        return nn.Sequential(*(Block() for _ in range(3))).requires_grad_(False)
+
+    plain, ours = compiled(stack()), compiled(quantised(cls, stack()))
+    weights = [node for node in ours if issubclass(node.type, cls)]
+    assert len(weights) == 6 and all(node.tag_safe and not node.children for node in weights)
+    for kind in (nn.Linear, Block):
+        safe = [[node.tag_safe for node in nodes if node.type is kind] for nodes in (plain, ours)]
+        assert safe[0] == safe[1] and any(safe[1])
+
+
+def half(linear, new):
+    linear.to(torch.float16)
+
+
+def set_fields(linear, new):
+    weight = new(group_size=32)
+    for name in ("qdata", "scale", "zero_point", "group_size"):
+        setattr(linear.weight, name, getattr(weight, name))
+
+
+def quantise_again(linear, new):
+    config = next(CONFIGS[cls](group_size=32) for cls in CLASSES if isinstance(linear.weight, cls))
+    linear.weight = nn.Parameter(linear.weight.dequantize(), requires_grad=False)
+    quantize_(linear, config)
+
+
+def copy_state_by_swapping(linear, new):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        linear.load_state_dict({"weight": new()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def move_by_overwriting(linear, new):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        linear.half()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+# what becomes of linear.weight; new(..) is a weight like it but for its codes and what is given
+CHANGES = {
+    "data": lambda linear, new: setattr(linear.weight, "data", new()),
+    "data of other groups": lambda linear, new: setattr(linear.weight, "data", new(group_size=32)),
+    "data with zero points": lambda linear, new: setattr(
+        linear.weight, "data", new(zero="integer")
+    ),
+    "data of other rows": lambda linear, new: setattr(linear.weight, "data", new(n=80)),
+    "Parameter": lambda linear, new: setattr(linear, "weight", new()),
+    "Parameter of other groups": lambda linear, new: setattr(linear, "weight", new(group_size=-1)),
+    "Parameter with zero points": lambda linear, new: setattr(
+        linear, "weight", new(zero="integer")
+    ),
+    "swapped tensors": lambda linear, new: torch.utils.swap_tensors(linear.weight, new()),
+    "swapped groups": lambda linear, new: torch.utils.swap_tensors(
+        linear.weight, new(group_size=32)
+    ),
+    "copy_": lambda linear, new: linear.weight.copy_(new()),
+    "qdata.copy_": lambda linear, new: linear.weight.qdata.copy_(new().qdata),
+    "_apply": lambda linear, new: linear._apply(torch.clone),
+    "to": half,
+    "to, overwriting": move_by_overwriting,
+    "load_state_dict": lambda linear, new: linear.load_state_dict({"weight": new()}),
+    "load_state_dict, swapping": copy_state_by_swapping,
+    "load_state_dict, assigning": lambda linear, new: linear.load_state_dict(
+        {"weight": new(group_size=32)}, assign=True
+    ),
+    "fields": set_fields,
+    "quantised again": quantise_again,
+}
+
+
+def changes_are_seen(cls, changes: list[str]) -> None:
+    """The same function, compiled before the changes and called after each, and never compiled."""
+    torch._dynamo.reset()
+    seeds = itertools.count(1)
+    linears = [nn.Linear(256, 64, bias=False), nn.Linear(256, 64, bias=False)]
+    model = nn.ModuleList(nn.Sequential(linear) for linear in linears)
+
+    def new(**case):
+        weight = as_linear_weight(Case(cls, seed=next(seeds), **({"n": 64} | case)).weight())
+        return nn.Parameter(weight, requires_grad=False)
+
+    for linear in linears:
+        linear.weight = new()
+
+    def run(x):
+        return [part(x) for part in model]
+
+    compiled, x = torch.compile(run, backend="aot_eager", fullgraph=True), exact_x(3, 256)
+    for change in (None, *changes):
+        if change is not None:
+            CHANGES[change](linears[0], new)
+        # guards record what they have seen, then rely on it
+        for _ in range(3):
+            for ours, eager in zip(compiled(x), run(x), strict=True):
+                assert torch.equal(ours, eager), changes
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@both_classes
+def test_a_change_of_the_weight_is_seen(cls, change):
+    changes_are_seen(cls, [change])
+
+
+# the others refuse a weight of another format, or of other rows
+ANY_TIME = [name for name in CHANGES if not re.search("copy_|rows|dict$|dict, swapping", name)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(cls=st.sampled_from(CLASSES), changes=st.lists(st.sampled_from(ANY_TIME), max_size=5))
+def test_changes_in_any_order_are_seen(cls, changes):
+    with torch._dynamo.config.patch(recompile_limit=32):
+        changes_are_seen(cls, changes)
+
+
+@both_classes
+def test_layers_that_share_a_graph_are_all_watched(cls):
+    layers = quantised(cls, nn.ModuleList(nn.Linear(256, 64, bias=False) for _ in range(3)))
+    compiled = torch.compile(lambda layer, x: layer(x), backend="aot_eager", fullgraph=True)
+    x = exact_x(3, 256)
+    for _ in range(3):
+        for layer in layers:
+            assert torch.equal(compiled(layer, x), layer(x))
+    # the first is the one that was traced
+    for layer in reversed(layers):
+        case = Case(cls, n=64, group_size=32)
+        layer.weight.data = as_linear_weight(case.weight())
+        for _ in range(3):
+            assert torch.equal(compiled(layer, x), layer(x))
+
+
+@both_classes
+def test_two_weights_of_one_buffer_are_not_taken_for_one(cls):
+    linears = [nn.Linear(256, 24, bias=False) for _ in range(2)]
+    model = nn.ModuleList(linears)
+    for linear in linears:
+        linear.weight = nn.Parameter(as_linear_weight(Case(cls).weight()), requires_grad=False)
+    linears[1].weight.qdata = linears[0].weight.qdata
+    x = exact_x(3, 256)
+
+    def run(x):
+        return [linear(x) for linear in model]
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for seed in (0, 1, 2):
+        if seed:
+            new = as_linear_weight(Case(cls, seed=seed).weight())
+            linears[seed % 2].weight = nn.Parameter(new, requires_grad=False)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(compiled(x), run(x), strict=True))
+
+
+@both_classes
+def test_a_graph_is_not_compiled_again_for_nothing(cls):
+    """New bytes of a format, weights that no graph knows: neither makes a graph invalid."""
+    linear = nn.Linear(256, 24, bias=False)
+    linear.weight = nn.Parameter(as_linear_weight(Case(cls).weight()), requires_grad=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(linear, backend=counter, fullgraph=True), exact_x(3, 256)
+    compiled(x)
+    for change in ("data", "Parameter", "swapped tensors", "copy_", "_apply"):
+        unknown = quantised(cls, nn.Linear(256, 64)).to(torch.float16)
+        unknown.weight.data = unknown.weight.data.to(torch.float32)
+        CHANGES[change](
+            linear,
+            lambda: nn.Parameter(as_linear_weight(Case(cls, seed=3).weight()), requires_grad=False),
+        )
+        assert torch.equal(compiled(x), linear(x))
+    assert counter.frame_count == 1
+
+
+@both_classes
+def test_a_watched_weight_is_saved_as_any_other(cls):
+    model = quantised(cls, nn.Sequential(nn.Linear(256, 64, bias=False)))
+    x = exact_x(3, 256)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(keep_vars=True), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["0.weight"]
+    for again in (
+        loaded,
+        copy.deepcopy(model)[0].weight,
+        pickle.loads(pickle.dumps(model))[0].weight,
+    ):
+        assert torch.equal(F.linear(x, again), model(x))
