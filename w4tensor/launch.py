@@ -135,11 +135,7 @@ def linear_again(
     if again is None:
         return None
     y = x.new_empty((*x.shape[:-1], qdata.shape[-2]))
-    if x.ndim == 2:
-        again(x, qdata, scale, zero_point, bias, y)
-    else:
-        k, n = x.shape[-1], y.shape[-1]
-        again(x.view(-1, k), qdata, scale, zero_point, bias, y.view(-1, n))
+    again(x, qdata, scale, zero_point, bias, y)
     return y
 
 
@@ -216,7 +212,7 @@ def run_coalesced(
 ) -> Callable | None:
     """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *].
 
-    Returns what does so for x .. y alike, if anything: x and y may then be 2-D, x's rows aligned.
+    Returns what does so for contiguous x .. y alike, of whatever shape, if anything.
     """
     weight = qdata, scale, zero_point
     if isinstance(plan, DecodePlan):

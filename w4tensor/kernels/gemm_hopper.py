@@ -17,6 +17,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.hopper_loop import accumulate, barrier, descriptor, layout_of_rows, store
 from w4tensor.kernels.launcher import Launcher
@@ -236,9 +237,10 @@ def gemm_hopper(
     qdata is COALESCED, or ACT_QUANT, for which x is [M, padded_k(K)] in word order.
     Returns what does so for x .. y alike (launcher.py), if anything.
     """
-    m = x.shape[0]
+    (m, k), row = x.shape, x.stride(0)
     n, n_groups = scale.shape[-2:]
-    steps = qdata.shape[-1] * qdata.element_size() // 64
+    words = qdata.view(torch.int32)
+    steps = words.shape[-1] // 16
     tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     split_k = min(plan.split_k, steps)
     cut = tiles - plan.whole
@@ -249,19 +251,26 @@ def gemm_hopper(
     first, second = runs_of_tokens(plan.block_m, m)
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
 
-    def operands(x, qdata, scale, zero_point, bias, y) -> tuple:
+    def operands(x, words, scale, zero_point, bias, y) -> tuple:
         parts = flags = None
         if stored:
             # sums of 4 bytes and flags of 8 in one allocation
             parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
             flags = parts[sums:].view(torch.int64)
-        words = qdata.view(torch.int32).view(n, -1)
+
+        def of_x(tokens: int) -> TensorDescriptor | None:
+            return descriptor(x, (m, k), row, (tokens, 128), dtype) if tokens else None
+
+        def of_y(tokens: int) -> TensorDescriptor | None:
+            stored = tokens and by_tiles
+            return descriptor(y, (m, n), n, (tokens, plan.block_n), dtype) if stored else None
+
         return (
-            descriptor(x, (first, 128), dtype),
-            descriptor(x, (second, 128), dtype) if second else None,
-            descriptor(words, (plan.block_n, 16), gl.int32),
-            descriptor(y, (first, plan.block_n), dtype) if by_tiles else None,
-            descriptor(y, (second, plan.block_n), dtype) if by_tiles and second else None,
+            of_x(first),
+            of_x(second),
+            descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
+            of_y(first),
+            of_y(second),
             y,
             scale,
             zero_point,
@@ -274,7 +283,7 @@ def gemm_hopper(
 
     again = _launch_gemm.again(
         (plan.whole + cut * split_k,),
-        *operands(x, qdata, scale, zero_point, bias, y),
+        *operands(x, words, scale, zero_point, bias, y),
         m,
         n,
         steps,
@@ -291,4 +300,5 @@ def gemm_hopper(
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
     )
+    # of tensors only the addresses are read: qdata need not be words
     return again and (lambda *tensors: again(*operands(*tensors)))

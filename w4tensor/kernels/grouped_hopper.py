@@ -235,15 +235,17 @@ def multiply_grouped_hopper(
     k = x.shape[1]
     if tiles.shape[0] == 0:
         return y
-    words = qdata.view(torch.int32).flatten(0, 1)
+    words = qdata.view(torch.int32)
+    steps = words.shape[-1] // 16
+    x = aligned_rows(x)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
     _launch_grouped_hopper(
         (-(-n_out // out), tiles.shape[0]),
-        descriptor(aligned_rows(x), (plan.block_m, 128), dtype),
-        descriptor(words, (fetched, 16), gl.int32),
+        descriptor(x, tuple(x.shape), x.stride(0), (plan.block_m, 128), dtype),
+        descriptor(words, (n_experts * n, 16 * steps), 16 * steps, (fetched, 16), gl.int32),
         order,
         tiles,
         y,
@@ -252,7 +254,7 @@ def multiply_grouped_hopper(
         bias,
         n,
         n_experts,
-        words.shape[1] // 16,
+        steps,
         scale.shape[-1],
         BLOCK_N=plan.block_n,
         SCATTER=scatter,

@@ -425,14 +425,21 @@ def _layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
-def descriptor(t: Tensor, block: tuple[int, ...], dtype: gl.dtype) -> TensorDescriptor:
-    """Tiles of `block` of t, whose rows are of `dtype`, contiguous and 16-byte aligned.
+def descriptor(
+    t: Tensor, shape: tuple[int, int], stride: int, block: tuple[int, int], dtype: gl.dtype
+) -> TensorDescriptor:
+    """Tiles of `block` of the matrix [shape] of `dtype` at t, whose rows begin `stride` apart: they
+    are contiguous and 16-byte aligned.
 
     Not through the constructor, whose checks of all that cost 6 us; the driver refuses it anyway.
     """
     made = object.__new__(TensorDescriptor)
-    layout = _layout(block, dtype)
     made.__dict__.update(
-        base=t, shape=t.shape, strides=t.stride(), block_shape=block, layout=layout, padding="zero"
+        base=t,
+        shape=shape,
+        strides=(stride, 1),
+        block_shape=block,
+        layout=_layout(block, dtype),
+        padding="zero",
     )
     return made
