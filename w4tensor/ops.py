@@ -39,7 +39,7 @@ from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, Layout, check_contract
 
-__all__ = ["ACT_GROUP_SIZES", "check_act_group_size", "check_ids", "cuda_linear"]
+__all__ = ["ACT_GROUP_SIZES", "check_act_group_size", "check_ids", "cuda_experts", "cuda_linear"]
 
 ACT_GROUP_SIZES = (32, 64, 128, -1)
 
@@ -373,6 +373,10 @@ def _cuda_experts(*operands):
     return _reference_experts(*operands) if y is None else y
 
 
+# what the operator `experts` runs on CUDA tensors, for callers that need no dispatcher
+cuda_experts = _experts(_cuda_experts)
+
+
 def _cuda_quantize_activation(x, act_group_size):
     from w4tensor import launch
 
@@ -523,4 +527,4 @@ _library.impl("linear", cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
 _library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")
 _library.impl("gathered_linear", _cuda_gathered_linear, "CUDA")
-_library.impl("experts", _experts(_cuda_experts), "CUDA")
+_library.impl("experts", cuda_experts, "CUDA")

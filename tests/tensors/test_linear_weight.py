@@ -23,6 +23,7 @@ from torchao.quantization import quantize_
 
 from tests.weights import CLASSES, Case, both_classes, exact_x
 from w4tensor import W4ActQuantConfig, W4CoalescedConfig, summary
+from w4tensor.tensors import one_guard
 from w4tensor.tensors.linear_weight import as_linear_weight, wants
 
 CONFIGS = dict(zip(CLASSES, (W4CoalescedConfig, W4ActQuantConfig), strict=True))
@@ -370,6 +371,16 @@ ANY_TIME = [name for name in CHANGES if not re.search("copy_|rows|dict$|dict, sw
 def test_changes_in_any_order_are_seen(cls, changes):
     with torch._dynamo.config.patch(recompile_limit=32):
         changes_are_seen(cls, changes)
+
+
+@pytest.mark.parametrize("lacks", ["comptime", "is_from_unspecialized_nn_module_source"])
+@both_classes
+def test_where_dynamo_has_other_insides_its_own_guards_stay(cls, lacks, monkeypatch):
+    def absent(source):
+        raise AttributeError(lacks)
+
+    monkeypatch.setattr(one_guard, lacks, None if lacks == "comptime" else absent)
+    changes_are_seen(cls, ["data of other groups", "Parameter", "fields", "to"])
 
 
 @both_classes

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w4tensor import ops  # noqa: F401  (defines torch.ops.w4tensor)
+from w4tensor import ops
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.packed import PackedInt4
+from w4tensor.tensors.products import eager_cuda
 
 __all__ = ["experts"]
 
@@ -46,7 +47,7 @@ def experts(
     torch.Size([2, 128])
     """
     for name, w in (("gate_up", gate_up), ("down", down)):
-        if not isinstance(w, PackedInt4) or w.ndim != 3:
+        if not isinstance(w, PackedInt4) or w.qdata.ndim != 3:
             raise MisdispatchError(
                 f"{name} is a {type(w).__name__} of shape {tuple(w.shape)}; give a stacked int4 "
                 "tensor [E, N, K], or use the model's own experts implementation"
@@ -63,7 +64,8 @@ def experts(
             "the fused experts block has no gradient, and x or weight requires one; use the "
             "model's own experts implementation to train, or torch.no_grad()"
         )
-    return torch.ops.w4tensor.experts(
+    run = ops.cuda_experts if eager_cuda(x, weight) else torch.ops.w4tensor.experts
+    return run(
         x,
         ids,
         weight,

@@ -16,7 +16,7 @@ from w4tensor import ops
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.packed import PackedInt4
 
-__all__ = ["as_autocast", "bind", "register"]
+__all__ = ["as_autocast", "bind", "eager_cuda", "register"]
 
 aten = torch.ops.aten
 _handlers: list[tuple[list[Any], list[Any], Callable]] = []
@@ -48,7 +48,7 @@ def as_autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _eager_cuda(x: Tensor, bias: Tensor | None) -> bool:
+def eager_cuda(x: Tensor, other: Tensor | None) -> bool:
     """Whether nobody but the kernel waits for this product: no trace, no gradient, no mode.
 
     The dispatcher and the autograd wrapper of an operator in Python take 15 us a call.
@@ -59,7 +59,7 @@ def _eager_cuda(x: Tensor, bias: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not (
             torch.is_grad_enabled()
-            and (x.requires_grad or (bias is not None and bias.requires_grad))
+            and (x.requires_grad or (other is not None and other.requires_grad))
         )
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -69,7 +69,7 @@ def _eager_cuda(x: Tensor, bias: Tensor | None) -> bool:
 def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
     """x [.., K] times the stored [N, K] transposed, or [E, M, K] times [E, N, K]."""
     x = as_autocast(x)
-    linear = ops.cuda_linear if _eager_cuda(x, bias) else torch.ops.w4tensor.linear
+    linear = ops.cuda_linear if eager_cuda(x, bias) else torch.ops.w4tensor.linear
     return linear(
         x,
         w.qdata,
