@@ -103,13 +103,27 @@ def test_regimes_change_where_dispatch_says(shape):
 
     small = shape.n * shape.k < dispatch.DECODE_SMALL
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
-    assert isinstance(at(1), DecodePlan) and isinstance(at(border), DecodePlan)
+    if shape.group_size == 32 and shape.n * shape.k >= dispatch.DECODE_FINE:
+        border = 0
+    assert all(isinstance(at(m), DecodePlan) for m in range(1, border + 1))
     assert isinstance(at(border + 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M - 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M), DequantPlan)
     border = dispatch_act_quant.DECODE_MAX_M
     assert isinstance(at(border, "int8"), ActQuantDecodePlan)
     assert not isinstance(at(border + 1, "int8"), ActQuantDecodePlan)
+
+
+def test_many_weights_with_groups_of_32_are_decoded_by_tiles():
+    n = dispatch.DECODE_FINE // 4096
+    for m in (1, dispatch.DECODE_MAX_M):
+        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), H200), HopperPlan)
+        assert isinstance(plan(Problem(m, n - 1, 4096, 32, "bf16"), H200), DecodePlan)
+        assert isinstance(plan(Problem(m, n, 4096, 64, "bf16"), H200), DecodePlan)
+        # only where the tile kernel runs
+        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), A100), DecodePlan)
+        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16", batch=2), H200), DecodePlan)
+    assert isinstance(plan(Problem(m + 1, n - 1, 4096, 32, "bf16"), H200), HopperPlan)
 
 
 def test_the_operand_order_follows_the_triton_release():

@@ -34,6 +34,10 @@ DECODE_MAX_M = 2
 # 2880, group 32: 6.6 against 8.7; but 4096 x 4096: 7.3 against 7.2)
 DECODE_SMALL_MAX_M = 4
 DECODE_SMALL = 1 << 24
+# from so many weights with groups of 32 a tile is faster at any number of tokens (1 token, 43008 x
+# 5376: 44.6 us against 49.3; 5376 x 21504: 26.1 against 25.9, and against 27.8 for 2; 5376 x 8192:
+# 13.6 against 15.8; but 2880 x 4096: about 7 against 5.2). The border is interpolated
+DECODE_FINE = 3 << 23
 # beyond this K, programs of the next launch that start early cost more than they save
 DECODE_PDL_MAX_K = 8192
 # rows, and their length, up to which a decode program takes 8 of them instead of 16
@@ -239,8 +243,10 @@ def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
 
 
 def _decode_max_m(p: Problem) -> int:
-    small = p.n * p.k < DECODE_SMALL
-    return DECODE_SMALL_MAX_M if small else DECODE_MAX_M
+    if p.n * p.k < DECODE_SMALL:
+        return DECODE_SMALL_MAX_M
+    many = p.group_size < 64 and p.n * p.k >= DECODE_FINE
+    return 0 if many else DECODE_MAX_M
 
 
 def workspace_rows(p: Problem) -> int:
