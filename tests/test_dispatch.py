@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from w4tensor import dispatch, dispatch_act_quant, dispatch_hopper
@@ -137,6 +137,7 @@ def test_the_operand_order_follows_the_triton_release():
 
 
 @given(st.integers(1, 300_000), st.integers(1, 200), st.integers(3, 8191))
+@example(28672, 32, 4)
 def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
     problem = Problem(m, n, 128 * blocks, 128, "bf16")
     p = dispatch_hopper.plan_hopper(problem, H200)
