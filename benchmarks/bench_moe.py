@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings, experts, peers, rows, timing
+from w4tensor import arch
+from w4tensor.dispatch_experts import ExpertsProblem, plan_experts
 from w4tensor.testing import MOE_SHAPES, Int4Codes, MoeShape, random_codes, random_routing, rel_err
 
 # pairs above which picking weights pair by pair would copy more than the card holds
@@ -104,17 +106,15 @@ def measure(
                 bf16_us=dense[tokens],
                 scratch_mb=timing.scratch_bytes(lambda b=block, x=load.x: b(x)) / 2**20,
                 rel_err=error,
-                plan=_plan(shape, tokens) if impl == "w4tensor" else "",
+                plan=_plan(shape, tokens, act) if impl == "w4tensor" else "",
             )
         except Exception as error:
             say(shape, impl, act.name, f"{tokens} tokens: {peers.reason(error)}")
 
 
-def _plan(shape: MoeShape, tokens: int) -> str:
-    rows_of_both = 2 * shape.inter
-    return experts.fused_plan(
-        tokens, shape.top_k, shape.experts, rows_of_both, shape.hidden, shape.group_size
-    ).name
+def _plan(shape: MoeShape, tokens: int, act: peers.Act) -> str:
+    sizes = shape.experts, shape.hidden, shape.inter, shape.group_size, act.int8_group
+    return plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), arch.current()).name
 
 
 def say(shape: MoeShape, impl: str, act: str, message: str) -> None:

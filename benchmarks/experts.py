@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.peer_humming import HummingExperts
-from benchmarks.peers import Act, Refused, only
-from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, arch
-from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, plan_experts
+from benchmarks.peers import Act, only
+from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor
+from w4tensor.tensors import experts
 from w4tensor.testing import Int4Codes
 
 __all__ = ["EXPERTS", "Block", "reference_block"]
@@ -55,23 +55,8 @@ def batched_block(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down
 
 
 def fused_block(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Our own kernels for the whole block."""
-    from w4tensor import moe
-
-    plan = fused_plan(*ids.shape, *gate_up.shape, gate_up.group_size)
-    stacks = (
-        moe.Stack(weight.qdata, weight.scale, weight.zero_point, weight.group_size)
-        for weight in (gate_up, down)
-    )
-    return moe.experts(x, ids, weights, *stacks, plan)
-
-
-def fused_plan(
-    tokens: int, top_k: int, experts: int, rows: int, hidden: int, group_size: int
-) -> ExpertsPlan:
-    """What dispatch chooses for the whole block."""
-    problem = ExpertsProblem(tokens, top_k, experts, hidden, rows // 2, group_size)
-    return plan_experts(problem, arch.current())
+    """Our own operator for the whole block."""
+    return experts(x, ids, weights, gate_up, down)
 
 
 def reference_block(
@@ -114,8 +99,6 @@ def dense(block: Callable[..., Tensor], gate_up: Int4Codes, down: Int4Codes, act
 
 def ours(block: Callable[..., Tensor], gate_up: Int4Codes, down: Int4Codes, act: Act) -> Stacked:
     only(act, "bf16", "fp16", "int8g32", "int8g64", "int8g128", "int8token")
-    if block is fused_block and act.int8_group is not None:
-        raise Refused("no kernels for the whole block with int8 activations")
     cls, fields = CudaCoalescedInt4Tensor, {}
     if act.int8_group is not None:
         cls, fields = Int4ActQuantTensor, {"act_group_size": act.int8_group}

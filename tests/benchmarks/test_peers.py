@@ -13,7 +13,9 @@ BUDGET = {"bf16": 0.01, "int8g32": 0.02}
 
 
 @pytest.mark.parametrize("act", BUDGET)
-@pytest.mark.parametrize("impl", ["w4tensor-grouped", "w4tensor-batched", "bf16", "bf16-batched"])
+@pytest.mark.parametrize(
+    "impl", ["w4tensor", "w4tensor-grouped", "w4tensor-batched", "bf16", "bf16-batched"]
+)
 def test_experts_block_is_the_definition(impl, act):
     gate_up = random_codes(6, 256, 128, zero_point="integer")
     down = random_codes(6, 128, 128, seed=1)
