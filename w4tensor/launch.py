@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from w4tensor import arch, dispatch, moe, reference
+from w4tensor import alike, arch, dispatch, moe, reference
 from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem, ReferencePlan
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
@@ -36,7 +35,6 @@ from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
 from w4tensor.kernels.hopper_loop import aligned_rows
-from w4tensor.kernels.launcher import KEPT
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
@@ -47,7 +45,6 @@ __all__ = [
     "experts",
     "gathered_linear",
     "grouped_linear",
-    "linear_again",
     "quantize_activation",
 ]
 
@@ -114,57 +111,6 @@ def _sixteen_bit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# {what operands of linear_again have in common: what multiplies such}
-_again: dict[tuple | None, Callable] = {}
-
-
-def linear_again(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    act_group_size: int | None,
-) -> Tensor | None:
-    """The product of operands that are like earlier ones, which were checked; None if none were.
-
-    Checks, a plan and its arguments cost the host more than decoding a token costs the device.
-    """
-    again = _again.get(_kind(x, qdata, scale, zero_point, bias, group_size, act_group_size))
-    if again is None:
-        return None
-    y = x.new_empty((*x.shape[:-1], qdata.shape[-2]))
-    again(x, qdata, scale, zero_point, bias, y)
-    return y
-
-
-def _kind(x, qdata, scale, zero_point, bias, group_size, act_group_size) -> tuple | None:
-    """All that checks, plans and launches look at; None for operands that need a copy, another
-    device or other machine code."""
-    device = torch.cuda.current_device()
-    kind: list[Any] = [device, group_size, act_group_size]
-    addresses = 0
-    for t in (x, qdata, scale, zero_point, bias):
-        if t is None:
-            kind.append(None)
-            continue
-        if t.get_device() != device or not t.is_contiguous():
-            return None
-        addresses |= t.data_ptr()
-        kind += t.shape, t.dtype
-    return None if addresses % 16 else tuple(kind)
-
-
-def _remember(again: Callable | None, *operands) -> None:
-    kind = None if again is None else _kind(*operands)
-    if again is None or kind is None:
-        return
-    if len(_again) == KEPT:
-        _again.clear()
-    _again[kind] = again
-
-
 @_on_its_device
 def coalesced_linear(
     x: Tensor,
@@ -196,7 +142,7 @@ def coalesced_linear(
     weight = qdata, scale, zero_point
     again = run_coalesced(plan, x3, *weight, bias, y.view(e, m, n), group_size)
     if x3.dtype == x.dtype:
-        _remember(again, x, *given, group_size, None)
+        alike.remember(again, x, *given, group_size, None)
     return y
 
 
@@ -358,7 +304,7 @@ def act_quant_linear(
         operands = qdata, scale, zero_point, bias, y.view(m, n)
         multiply = gemm_hopper(rounded(x3), *operands, group_size, gemm)
         again = multiply and (lambda x, *rest: multiply(rounded(x), *rest))
-        _remember(again, x, *given, group_size, act_group_size)
+        alike.remember(again, x, *given, group_size, act_group_size)
         return y
     if isinstance(plan, ActQuantRoundedPlan):
         x2 = round_activation(x3, act_group_size)[0]

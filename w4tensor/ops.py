@@ -35,7 +35,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from w4tensor import reference
+from w4tensor import alike, reference
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, Layout, check_contract
 
@@ -333,14 +333,14 @@ def _reference_quantize_activation(x, act_group_size):
 
 def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
     """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
-    from w4tensor import launch
-
     if layout_version == LAYOUT_VERSION:
-        y = launch.linear_again(x, qdata, scale, zero_point, bias, group_size, act_group_size)
+        y = alike.multiply(x, qdata, scale, zero_point, bias, group_size, act_group_size)
         if y is not None:
             return y
     _check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     _check_linear(x, qdata, bias)
+    from w4tensor import launch
+
     if act_group_size is None:
         return launch.coalesced_linear(x, qdata, scale, zero_point, bias, group_size)
     return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)

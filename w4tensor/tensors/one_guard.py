@@ -40,14 +40,7 @@ _epoch = "0"
 # the handler of F.linear is the same in both classes
 _product = CudaCoalescedInt4Tensor._linear
 # what compiled code reads of a weight, beside its class
-_READ = (
-    *Int4ActQuantTensor.tensor_data_names,
-    *Int4ActQuantTensor.tensor_attribute_names,
-    *Int4ActQuantTensor.optional_tensor_data_names,
-    *Int4ActQuantTensor.optional_tensor_attribute_names,
-    "ndim",
-    "__torch_function__",
-)
+_READ = (*Int4ActQuantTensor._field_names(), "ndim", "__torch_function__")
 
 
 class GuardedAsOne(PackedInt4):
@@ -79,13 +72,8 @@ class GuardedAsOne(PackedInt4):
 
     def _format(self) -> tuple[Any, ...]:
         """All that compiled code knows of the fields, which is all but their bytes."""
-        names = (
-            self.tensor_data_names
-            + self.tensor_attribute_names
-            + self.optional_tensor_data_names
-            + self.optional_tensor_attribute_names
-        )
-        return (type(self).__qualname__, *(_known(getattr(self, name)) for name in names))
+        fields = (_known(getattr(self, name)) for name in self._field_names())
+        return (type(self).__qualname__, *fields)
 
 
 def _known(field: Any) -> Any:

@@ -264,13 +264,17 @@ class PackedInt4(_Base):
 
     def _with(self, **changes: Any):
         """The same tensor with some fields changed."""
-        names = (
-            self.tensor_data_names
-            + self.tensor_attribute_names
-            + self.optional_tensor_data_names
-            + self.optional_tensor_attribute_names
-        )
-        return type(self)(**{name: getattr(self, name) for name in names} | changes)
+        fields = {name: getattr(self, name) for name in self._field_names()}
+        return type(self)(**fields | changes)
+
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        return [
+            *cls.tensor_data_names,
+            *cls.tensor_attribute_names,
+            *cls.optional_tensor_data_names,
+            *cls.optional_tensor_attribute_names,
+        ]
 
     def _map(self, fn: Callable[[Tensor], Tensor], **changes: Any):
         """The same tensor with `fn` applied to qdata, scale and zero_point."""

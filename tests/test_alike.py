@@ -1,4 +1,4 @@
-"""What was launched for like operands is what a first call launches. No device is needed."""
+"""Operands like earlier ones launch what a first call launches. No device is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.machine import Machine
-from w4tensor import arch, launch, ops
+from w4tensor import alike, arch, launch, ops
 from w4tensor.dispatch import Arch
 from w4tensor.errors import PackingError
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
@@ -24,9 +24,9 @@ def hopper(machine, monkeypatch) -> Machine:
     caches = launch._plan, launch._plan_experts
     for cache in caches:
         cache.cache_clear()
-    launch._again.clear()
+    alike._known.clear()
     yield machine
-    launch._again.clear()
+    alike._known.clear()
     for cache in caches:
         cache.cache_clear()
 
@@ -96,9 +96,9 @@ def test_a_second_call_launches_what_a_first_one_does(hopper, lists):
     some = [problem for given in lists for problem in given]
     first = []
     for problem in some:
-        launch._again.clear()
+        alike._known.clear()
         first.append(launched(hopper, problem))
-    launch._again.clear()
+    alike._known.clear()
     for _ in range(2):
         assert [launched(hopper, problem) for problem in some] == first
 
@@ -117,6 +117,17 @@ def test_it_is_not_worked_out_again(hopper, monkeypatch, act_group_size, m):
     hopper.launches.clear()
     del operands, qdata, x
     assert not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("act_group_size,m", [(None, 1), (None, 40), (32, 1), (32, 40)])
+def test_kernels_read_a_bias_that_lies_side_by_side(hopper, act_group_size, m):
+    codes = random_codes(64, 256, group_size=128)
+    qdata = (COALESCED if act_group_size is None else ACT_QUANT).pack(codes.q)
+    x, bias = torch.zeros(m, 256, dtype=codes.scale.dtype), torch.zeros(64)
+    rest = 128, act_group_size, LAYOUT_VERSION
+    for operand, is_read in ((bias, True), (strided(bias), False)):
+        *_, last = launched(hopper, (x, qdata, codes.scale, None, operand, *rest))
+        assert (("memory", 4) in last[-1]) is is_read
 
 
 def test_what_is_wrong_is_refused_after_what_was_right(hopper):
@@ -140,10 +151,10 @@ def test_what_is_wrong_is_refused_after_what_was_right(hopper):
 
 
 def test_what_is_remembered_is_bounded(hopper, monkeypatch):
-    monkeypatch.setattr(launch, "KEPT", 3)
+    monkeypatch.setattr(alike, "KEPT", 3)
     codes = random_codes(64, 256, group_size=128)
     qdata = COALESCED.pack(codes.q)
     for m in range(1, 9):
         x = torch.zeros(m, 256, dtype=codes.scale.dtype)
         ops.cuda_linear(x, qdata, codes.scale, None, None, 128, None, LAYOUT_VERSION)
-        assert 1 <= len(launch._again) <= 3
+        assert 1 <= len(alike._known) <= 3
