@@ -204,6 +204,8 @@ def _grouped(
         if x_div > 0:
             assert order is not None, "rows as given are where they should be"
             x = gather_rows(x, order, offs, x_div, plan.pdl)
+        # routed rows were gathered, or are another product's, after their tiles were made
+        fused["wait_for_tiles"] = order is None
         return multiply_grouped_hopper(
             x, order, tiles, *weights, y, stack.group_size, plan, **fused
         )

@@ -109,11 +109,14 @@ def _grouped_hopper_kernel(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
+    # whether the kernel ahead may still be writing tiles
+    WAIT_FOR_TILES: gl.constexpr,
 ):
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
     OUT: gl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
-    if PDL:
+    EARLY: gl.constexpr = PDL and not WAIT_FOR_TILES
+    if PDL and WAIT_FOR_TILES:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid_n = gl.program_id(0)
@@ -121,6 +124,9 @@ def _grouped_hopper_kernel(
     expert = gl.load(tile_ptr)
     first = gl.load(tile_ptr + 1)
     end = gl.load(tile_ptr + 2)
+    if EARLY:
+        if (first >= end) | (expert >= E):
+            tl.extra.cuda.gdc_wait()
     # slots of the list that no expert needed are empty
     if first < end:
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
@@ -150,7 +156,7 @@ def _grouped_hopper_kernel(
                 GATE,
                 WARPS,
                 STAGES,
-                False,
+                EARLY,
             )
             acc = sums[0]
             if bias_ptr is not None:
@@ -224,12 +230,15 @@ def multiply_grouped_hopper(
     scatter: bool = False,
     gate: str = "none",
     act: str = "none",
+    wait_for_tiles: bool = False,
 ) -> Tensor:
     """Fill the rows of y [rows, N], or [rows, N / 2] with a gate, that `tiles` lists.
 
     Args:
         x: [rows, K], sorted by expert. The rest as kernels/grouped.py has it, qdata COALESCED and
             contiguous.
+        wait_for_tiles: the launch ahead of this one makes `tiles`. Else it is done, as that launch
+            began after it, and weights are read while that launch makes x.
     """
     n_experts, n = qdata.shape[:2]
     k = x.shape[1]
@@ -265,6 +274,7 @@ def multiply_grouped_hopper(
         WARPS=plan.num_warps,
         STAGES=plan.num_stages,
         PDL=plan.pdl,
+        WAIT_FOR_TILES=wait_for_tiles,
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
     )

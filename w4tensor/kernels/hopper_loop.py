@@ -22,7 +22,7 @@ Gluon is young: this was written and run with Triton 3.6, and lowers alike with 
 which renamed things; but with 3.9 the assembler makes the tile of 96 tokens and 128 rows wait for
 each multiplication (C7511).
 
-Scales of bf16 weights without zero points must be below 2**30: codes enter the multiplication as
+Scales of bf16 weights without zero points must be below 2**26: codes enter the multiplication as
 subnormal numbers, whose unit goes into the scale.
 """
 
@@ -44,42 +44,49 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from w4tensor.kernels.unpack import FP16_LIFT, join8, unpack_scaled
+from w4tensor.kernels.unpack import FP16_LIFT, join8, scaling_terms, unpack_by_terms
 
 # 3.7 renamed the first, 3.8 the others
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-# a word $8, and pairs of scale * 2**97 and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once.
-# Each nibble, brought to bits 4..7 of its 16, is the subnormal q * 2**-129.
+# a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, scale * 2**97 for those
+# in bits 4..7, and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once. As it stands there, a
+# nibble is the subnormal q * 2**-133 or q * 2**-129.
 _UNPACK_TEXT = """{
-    .reg .b32 a, b, c, d;
-    shl.b32 a, $8, 4;
-    shr.u32 c, $8, 4;
-    shr.u32 d, $8, 8;
-    lop3.b32 a, a, 0x00F000F0, MINUS_8, 0x6A;  // (a & mask) ^ MINUS_8
-    lop3.b32 b, $8, 0x00F000F0, MINUS_8, 0x6A;
-    lop3.b32 c, c, 0x00F000F0, MINUS_8, 0x6A;
-    lop3.b32 d, d, 0x00F000F0, MINUS_8, 0x6A;
-    fma.rn.bf16x2 a, a, $9, $10;
-    fma.rn.bf16x2 b, b, $9, $10;
-    fma.rn.bf16x2 c, c, $9, $10;
-    fma.rn.bf16x2 d, d, $9, $10;
+    .reg .b32 s, a, b, c, d;
+    shr.u32 s, $8, 8;
+    lop3.b32 a, $8, 0x000F000F, MINUS_8_LOW, 0x6A;  // (a & mask) ^ MINUS_8
+    lop3.b32 b, $8, 0x00F000F0, MINUS_8_HIGH, 0x6A;
+    lop3.b32 c, s, 0x000F000F, MINUS_8_LOW, 0x6A;
+    lop3.b32 d, s, 0x00F000F0, MINUS_8_HIGH, 0x6A;
+    fma.rn.bf16x2 a, a, $9, $11;
+    fma.rn.bf16x2 b, b, $10, $11;
+    fma.rn.bf16x2 c, c, $9, $11;
+    fma.rn.bf16x2 d, d, $10, $11;
     mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
 }"""
-_UNPACK = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0"))
-_UNPACK_MINUS_8 = gl.constexpr(_UNPACK_TEXT.replace("MINUS_8", "0x00800080"))
+
+
+def _unpacking(low: str, high: str) -> gl.constexpr:
+    return gl.constexpr(_UNPACK_TEXT.replace("MINUS_8_LOW", low).replace("MINUS_8_HIGH", high))
+
+
+_UNPACK = _unpacking("0", "0")
+_UNPACK_MINUS_8 = _unpacking("0x00080008", "0x00800080")
 # 0x88888888: what makes q of the eight q - 8 of a word
 _EIGHTS = gl.constexpr(-0x77777778)
-_UNPACK_REGISTERS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
+_UNPACK_REGISTERS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r")
 _SCALES = gl.constexpr("""{
-    .reg .b32 s, up, down;
-    mov.b32 s, {$2, $2};
-    mov.b32 up, 0x70007000;
-    mov.b32 down, 0xB100B100;
-    mul.rn.bf16x2 $0, s, up;
-    mul.rn.bf16x2 $1, s, down;
+    .reg .b32 s, low, high, minus_8;
+    mov.b32 s, {$3, $3};
+    mov.b32 low, 0x72007200;
+    mov.b32 high, 0x70007000;
+    mov.b32 minus_8, 0xB100B100;
+    mul.rn.bf16x2 $0, s, low;
+    mul.rn.bf16x2 $1, s, high;
+    mul.rn.bf16x2 $2, s, minus_8;
 }""")
 BF16_UNIT = gl.constexpr(2.0**32)
 
@@ -215,8 +222,7 @@ def _groups(
 @gluon.jit
 def _operand(
     words,
-    scale,
-    zero,
+    terms,
     DTYPE: gl.constexpr,
     FAST: gl.constexpr,
     ACT_QUANT: gl.constexpr,
@@ -228,7 +234,7 @@ def _operand(
         e0, e1, e2, e3, e4, e5, e6, e7 = gl.inline_asm_elementwise(
             _UNPACK_MINUS_8 if ACT_QUANT else _UNPACK,
             _UNPACK_REGISTERS,
-            [words, scale, zero],
+            [words, terms[0], terms[1], terms[2]],
             dtype=(gl.bfloat16,) * 8,
             is_pure=True,
             pack=1,
@@ -236,7 +242,7 @@ def _operand(
     else:
         if ACT_QUANT:
             words = words ^ _EIGHTS
-        e0, e1, e2, e3, e4, e5, e6, e7 = unpack_scaled(words, scale, scale, zero, zero, DTYPE, True)
+        e0, e1, e2, e3, e4, e5, e6, e7 = unpack_by_terms(words, terms, terms, DTYPE, True)
     # [BN, t, i, p, q', r]
     z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
     z = z.permute(0, 2, 3, 4, 1, 5).reshape(BN, 64)
@@ -244,23 +250,24 @@ def _operand(
 
 
 @gluon.jit
-def _prepare(scale, zero, words, FAST: gl.constexpr):
-    """A step's scales and zero points in the shape of its words, as _operand() wants them."""
+def _prepare(scale, zero, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
+    """What a step's scales and zero points become for _operand(), of its two halves."""
+    # of a row, before they are those of its words
     if FAST:
-        first, second = gl.inline_asm_elementwise(
-            _SCALES, "=r,=r,h", [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        terms = gl.inline_asm_elementwise(
+            _SCALES, "=r,=r,=r,h", [scale], dtype=(gl.int32,) * 3, is_pure=True, pack=1
         )
-        first = first.broadcast_to(words.shape)
-        second = second.broadcast_to(words.shape)
     else:
-        first = scale.to(gl.float32).broadcast_to(words.shape)
         if zero is None:
-            second = gl.full(words.shape, 8.0, gl.float32, words.type.layout)
-        else:
-            second = zero.to(gl.float32).broadcast_to(words.shape)
-    scale_a, scale_b = _halves(first)
-    zero_a, zero_b = _halves(second)
-    return scale_a, scale_b, zero_a, zero_b
+            zero = gl.full(scale.shape, 8.0, gl.float32, scale.type.layout)
+        terms = scaling_terms(scale.to(gl.float32), zero.to(gl.float32), DTYPE, True)
+    first = ()
+    second = ()
+    for i in gl.static_range(len(terms)):
+        a, b = _halves(terms[i].broadcast_to(words.shape))
+        first += (a,)
+        second += (b,)
+    return first, second
 
 
 @gluon.jit
@@ -360,16 +367,16 @@ def accumulate(
     mbarrier.wait(full.index(0), 0)
     words = _words(ws.index(0), WARPS, GATE)
     words_a, words_b = _halves(words)
-    scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
+    terms_a, terms_b = _prepare(scale, zero, words, DTYPE, FAST)
     following = gl.minimum(begin + 1, steps - 1)
     scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     if zero_ptr is not None:
         zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
-    z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+    z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_a, xs, 0, 0, acc)
     acc, z_a = _wait(acc, z_a, 1)
     for step in range(begin + 1, end):
-        z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+        z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_b, xs, stage, 1, acc)
         done = stage
         stage += 1
@@ -380,13 +387,13 @@ def accumulate(
         words = _words(ws.index(stage), WARPS, GATE)
         acc, z_a = _wait(acc, z_a, 1)
         words_a, words_b = _halves(words)
-        scale_a, scale_b, zero_a, zero_b = _prepare(scale, zero, words, FAST)
+        terms_a, terms_b = _prepare(scale, zero, words, DTYPE, FAST)
         # of the step after this one
         following = gl.minimum(step + 1, steps - 1)
         scale = _groups(scale_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
         if zero_ptr is not None:
             zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
-        z_a = _operand(words_a, scale_a, zero_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+        z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_a, xs, stage, 0, acc)
         acc, z_b = _wait(acc, z_b, 1)
         barrier()
@@ -394,7 +401,7 @@ def accumulate(
         _expect(xs, ws, full, done, ahead < end)
         _fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
         _fetch_x(x_desc, xs, full, done, x_row, ahead, ahead < end)
-    z_b = _operand(words_b, scale_b, zero_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+    z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_b, xs, stage, 1, acc)
     acc, z_a = _wait(acc, z_a, 0)
     acc, z_b = _wait(acc, z_b, 0)

@@ -57,6 +57,8 @@ def _route_kernel(
     n_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
+    # whether that is all of them
+    ONE_BLOCK: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -66,28 +68,40 @@ def _route_kernel(
     # program E stands behind the last expert: it has no pairs, and fills the slots that are left
     e = tl.program_id(0)
     p = tl.arange(0, BLOCK_PAIRS)
-    smaller = tl.zeros((BLOCK_PAIRS,), tl.int32)
-    same = tl.zeros((BLOCK_PAIRS,), tl.int32)
-    for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
-        ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
-        smaller += ((ids >= 0) & (ids < e)).to(tl.int32)
-        same += ((ids == e) & (e < E)).to(tl.int32)
-    first = tl.sum(smaller, 0)
-    end = first + tl.sum(same, 0)
+    if ONE_BLOCK:
+        ids = tl.load(ids_ptr + p, mask=p < n_pairs, other=-1)
+        mine = ((ids == e) & (e < E)).to(tl.int32)
+        # both counts in one sum, each below 2 * BLOCK_PAIRS
+        counts = tl.sum(((ids >= 0) & (ids < e)).to(tl.int32) + mine * (2 * BLOCK_PAIRS), 0)
+        first = counts % (2 * BLOCK_PAIRS)
+        end = first + counts // (2 * BLOCK_PAIRS)
+    else:
+        smaller = tl.zeros((BLOCK_PAIRS,), tl.int32)
+        same = tl.zeros((BLOCK_PAIRS,), tl.int32)
+        for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
+            ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
+            smaller += ((ids >= 0) & (ids < e)).to(tl.int32)
+            same += ((ids == e) & (e < E)).to(tl.int32)
+        first = tl.sum(smaller, 0)
+        end = first + tl.sum(same, 0)
     if e < E:
         tl.store(offs_ptr + e, end)
     slot = first // BLOCK_M + tl.minimum(e, first)
     slot_end = tl.where(e < E, end // BLOCK_M + tl.minimum(e + 1, end), n_tiles)
     _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
 
-    row = first
     if end > first:
-        for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
-            ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
-            mine = (ids == e).to(tl.int32)
+        if ONE_BLOCK:
             rank = tl.cumsum(mine, 0)
-            tl.store(order_ptr + row + rank - 1, start + p, mask=mine != 0)
-            row += tl.sum(mine, 0)
+            tl.store(order_ptr + first + rank - 1, p, mask=mine != 0)
+        else:
+            row = first
+            for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
+                ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
+                mine = (ids == e).to(tl.int32)
+                rank = tl.cumsum(mine, 0)
+                tl.store(order_ptr + row + rank - 1, start + p, mask=mine != 0)
+                row += tl.sum(mine, 0)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
@@ -135,9 +149,10 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
         n_tiles,
         BLOCK_M=block_m,
         BLOCK_PAIRS=block,
+        ONE_BLOCK=n_pairs <= block,
         BLOCK_SLOTS=BLOCK_SLOTS,
         PDL=pdl,
-        num_warps=max(1, block // 512),
+        num_warps=min(8, max(1, block // 128)),
         **({"launch_pdl": True} if pdl else {}),
     )
     return order, offs, tiles

@@ -139,36 +139,39 @@ def unpack_scaled(w, scale0, scale1, zero0, zero1, DTYPE: tl.constexpr, ASM: tl.
     scale and zero are fp32 in the words' shape; 0 goes with p = 0 (elements 0..3), 1 with p = 1.
     zero0 and zero1 may be None, for 8.
     """
+    terms0 = scaling_terms(scale0, zero0, DTYPE, ASM)
+    terms1 = scaling_terms(scale1, zero1, DTYPE, ASM)
+    return unpack_by_terms(w, terms0, terms1, DTYPE, ASM)
+
+
+@triton.jit
+def scaling_terms(scale, zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """What unpack_by_terms() needs of scales and zero points (None: 8), fp32 of one shape: int32 of
+    that shape, each twice a DTYPE: the scale, the shift, what is added to low and to high nibbles.
+    """
     LIFT: tl.constexpr = FP16_LIFT if DTYPE == tl.float16 else 1.0
-    # what the forms of the two nibbles add to q / 4
     LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
     HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
-    s0 = scale0 * (LIFT / CODE_UNIT)
-    s1 = scale1 * (LIFT / CODE_UNIT)
-    if zero0 is None:
-        eight = tl.full(w.shape, SYMMETRIC_ZERO_POINT, tl.float32)
-        low0, high0, _ = _split_zero(eight, LOW, HIGH, DTYPE, ASM)
-        low1 = low0
-        high1 = high0
+    s = scale * (LIFT / CODE_UNIT)
+    if zero is None:
+        eight = tl.full(scale.shape, SYMMETRIC_ZERO_POINT, tl.float32)
+        low, high, _ = _split_zero(eight, LOW, HIGH, DTYPE, ASM)
         # -0: adding it changes nothing, the sign of 0 included
-        shift0 = tl.full(w.shape, -0.0, tl.float32)
-        shift1 = shift0
+        shift = tl.full(scale.shape, -0.0, tl.float32)
     else:
-        low0, high0, rest0 = _split_zero(zero0, LOW, HIGH, DTYPE, ASM)
-        low1, high1, rest1 = _split_zero(zero1, LOW, HIGH, DTYPE, ASM)
-        shift0 = rest0 * s0
-        shift1 = rest1 * s1
-    args = [
-        w,
-        _pair(s0, DTYPE, ASM),
-        _pair(shift0, DTYPE, ASM),
-        _pair(s1, DTYPE, ASM),
-        _pair(shift1, DTYPE, ASM),
-        low0,
-        high0,
-        low1,
-        high1,
-    ]
+        low, high, rest = _split_zero(zero, LOW, HIGH, DTYPE, ASM)
+        shift = rest * s
+    return _pair(s, DTYPE, ASM), _pair(shift, DTYPE, ASM), low, high
+
+
+@triton.jit
+def unpack_by_terms(w, terms0, terms1, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """unpack_scaled() of what scaling_terms() made, in the words' shape."""
+    s0, shift0, low0, high0 = terms0
+    s1, shift1, low1, high1 = terms1
+    LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
+    HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
+    args = [w, s0, shift0, s1, shift1, low0, high0, low1, high1]
     if ASM and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _BF16_SCALED, _SCALED_REGISTERS, args, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
@@ -179,14 +182,14 @@ def unpack_scaled(w, scale0, scale1, zero0, zero1, DTYPE: tl.constexpr, ASM: tl.
         )
     else:
         return (
-            _scaled(w, 0, LOW, args[5], args[1], args[2], DTYPE),
-            _scaled(w, 16, LOW, args[5], args[1], args[2], DTYPE),
-            _scaled(w, 4, HIGH, args[6], args[1], args[2], DTYPE),
-            _scaled(w, 20, HIGH, args[6], args[1], args[2], DTYPE),
-            _scaled(w, 8, LOW, args[7], args[3], args[4], DTYPE),
-            _scaled(w, 24, LOW, args[7], args[3], args[4], DTYPE),
-            _scaled(w, 12, HIGH, args[8], args[3], args[4], DTYPE),
-            _scaled(w, 28, HIGH, args[8], args[3], args[4], DTYPE),
+            _scaled(w, 0, LOW, low0, s0, shift0, DTYPE),
+            _scaled(w, 16, LOW, low0, s0, shift0, DTYPE),
+            _scaled(w, 4, HIGH, high0, s0, shift0, DTYPE),
+            _scaled(w, 20, HIGH, high0, s0, shift0, DTYPE),
+            _scaled(w, 8, LOW, low1, s1, shift1, DTYPE),
+            _scaled(w, 24, LOW, low1, s1, shift1, DTYPE),
+            _scaled(w, 12, HIGH, high1, s1, shift1, DTYPE),
+            _scaled(w, 28, HIGH, high1, s1, shift1, DTYPE),
         )
 
 

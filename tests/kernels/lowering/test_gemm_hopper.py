@@ -15,7 +15,7 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import TILES, HopperTile
-from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, runs_of_tokens
+from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, runs_of_tokens
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -75,9 +75,22 @@ def _lower(
     unaligned += ["token", "M", "steps", "whole", "split_k"]
     # rows that the accelerator stores are multiples of 8, and mostly of 16
     unaligned += ["N", "n_groups"] if y else []
+    short = dtype == "bf16" and zero is None and scale is None
+    registers = MAX_REGISTERS.get((tile.block_m, tile.block_n)) if short else None
     return lower(
-        _gemm_hopper_kernel, signature, constants, tile.num_warps, unaligned=tuple(unaligned)
+        _gemm_hopper_kernel,
+        signature,
+        constants,
+        tile.num_warps,
+        unaligned=tuple(unaligned),
+        **({"maxnreg": registers} if registers else {}),
     )
+
+
+@pytest.mark.parametrize("tile", MAX_REGISTERS, ids=str)
+def test_tiles_that_share_a_multiprocessor_with_the_next_launch(tile):
+    code = _lower(next(t for t in TILES if (t.block_m, t.block_n) == tile), pdl=True, split=True)
+    assert REGISTERS // (code.threads * code.registers) >= 6, str(code)
 
 
 def _name(tile: HopperTile) -> str:
@@ -110,10 +123,10 @@ def _check(
 # instructions a weight in the main loop for warps of 16 and of 32 rows, by x, group size (0: the
 # row) and whether there are zero points
 BUDGETS = {
-    ("bf16", 128, False): {16: 3.6, 32: 2.7},
-    ("bf16", 64, False): {16: 4.0, 32: 3.1},
-    ("bf16", 32, False): {16: 4.3, 32: 3.4},
-    ("bf16", 0, False): {16: 3.3, 32: 2.5},
+    ("bf16", 128, False): {16: 3.4, 32: 2.5},
+    ("bf16", 64, False): {16: 3.8, 32: 2.9},
+    ("bf16", 32, False): {16: 4.2, 32: 3.3},
+    ("bf16", 0, False): {16: 3.1, 32: 2.3},
     ("fp16", 128, False): {16: 4.1, 32: 3.3},
     ("fp16", 64, False): {16: 4.7, 32: 3.8},
     ("fp16", 32, False): {16: 5.0, 32: 4.0},
@@ -121,7 +134,7 @@ BUDGETS = {
 }
 for dtype in ("bf16", "fp16"):
     BUDGETS |= {
-        (dtype, 128, True): {16: 4.8, 32: 4.0},
+        (dtype, 128, True): {16: 4.5, 32: 3.6},
         (dtype, 64, True): {16: 6.1, 32: 5.2},
         (dtype, 32, True): {16: 6.5, 32: 5.6},
         (dtype, 0, True): {16: 4.4, 32: 3.8},

@@ -54,6 +54,7 @@ def _lower(
         "WARPS": plan.num_warps,
         "STAGES": plan.num_stages,
         "PDL": plan.pdl,
+        "WAIT_FOR_TILES": False,
     }
     if zero is None:
         constants["zero_ptr"] = None
