@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -219,8 +220,10 @@ def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
 
 
 # of a thread, for tiles of (tokens, rows) whose weights are unpacked in the shortest way: then six
-# programs, some of the next launch, share a multiprocessor (4096 x 14336, 8 tokens: 15 us, not 18)
-MAX_REGISTERS = {(8, 64): 80}
+# programs, some of the next launch, share a multiprocessor (4096 x 14336, 8 tokens: 15 us, not 18).
+# From 3.9 on, Triton's code would spill
+_BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+MAX_REGISTERS = {(8, 64): 80} if _BEFORE_3_9 else {}
 
 _launch_gemm = Launcher(_gemm_hopper_kernel)
 

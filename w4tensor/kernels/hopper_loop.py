@@ -51,9 +51,9 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-# a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, scale * 2**97 for those
-# in bits 4..7, and scale * -2**-29: (q - 8) * scale * 2**-32, rounded once. As it stands there, a
-# nibble is the subnormal q * 2**-133 or q * 2**-129.
+# a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, of scale * 2**97 for
+# those in bits 4..7, and of scale * -2**-29: (q - 8) * scale * 2**-32, rounded once. As it stands
+# there, a nibble is the subnormal q * 2**-133 or q * 2**-129.
 _UNPACK_TEXT = """{
     .reg .b32 s, a, b, c, d;
     shr.u32 s, $8, 8;
