@@ -1,12 +1,14 @@
 """What the product must reach, as functions of measured rows: each bar, its worst case, and where.
 
-Bars hold for one GPU and one run; a bar without rows says so instead of passing.
+Bars hold for one GPU and one run; a bar without rows says so instead of passing. Our own rows are
+held against each other where they are of one commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from benchmarks.rows import Figure, Point
 from w4tensor.testing import DENSE_SHAPES, MOE_SHAPES, Shape
@@ -70,10 +72,19 @@ class Sweep:
 
     def __init__(self, points: Iterable[Point]):
         self._lines: dict[tuple, dict[int, Point]] = {}
+        # the same of each commit
+        self._commits: dict[tuple, dict[int, Point]] = {}
         for p in points:
             if p.rel_err < CREDIBLE_ERROR or p.N * p.M < FEW_OUTPUTS:
                 key = (p.impl, p.act, p.group, p.zero, p.N, p.K, p.E, p.routing)
                 self._lines.setdefault(key, {})[p.M] = p
+                self._commits.setdefault((*key, p.git), {})[p.M] = p
+
+    def beside(self, row: Point, **other: Any) -> Point | None:
+        """The row that differs from `row` in nothing but `other`, its commit included."""
+        p = replace(row, **other)
+        key = (p.impl, p.act, p.group, p.zero, p.N, p.K, p.E, p.routing, p.git)
+        return self._commits.get(key, {}).get(p.M)
 
     def line(self, impl: str, act: str, shape: Shape, group: int = 0, zero: str = "symmetric"):
         """{M: row} of a Linear, in order of M."""
@@ -135,16 +146,12 @@ def linear_bars(points: Iterable[Point]) -> list[Bar]:
                 narrow.cases.append(Case(row.us - row.bf16_us, where))
             memory.cases.append(Case(row.scratch_mb, where))
         steps.cases.extend(_steps(shape, ours))
+        with_zeros = sweep.line("w4tensor", "bf16", shape, zero="integer").values()
         asymmetric.cases.extend(
-            _per_byte(shape, sweep.line("w4tensor", "bf16", shape, zero="integer"), ours)
+            _per_byte(shape, with_zeros, lambda row: sweep.beside(row, zero="symmetric"))
         )
-        group32.cases.extend(
-            _per_byte(
-                shape,
-                sweep.line("w4tensor", "bf16", shape, group=32),
-                sweep.line("w4tensor", "bf16", shape, group=128),
-            )
-        )
+        fine = sweep.line("w4tensor", "bf16", shape, group=32).values()
+        group32.cases.extend(_per_byte(shape, fine, lambda row: sweep.beside(row, group=128)))
     return bars
 
 
@@ -165,7 +172,6 @@ def act_quant_bars(points: Iterable[Point], act: str) -> list[Bar]:
     large, bare, flat, decode, peer, mid, big, every = bars
     for shape in DENSE_SHAPES:
         ours = sweep.line("w4tensor", act, shape)
-        exact = sweep.line("w4tensor", "bf16", shape)
         humming = sweep.line("humming", "int8token", shape)
         for m, row in ours.items():
             where = f"{shape.name}, M={m}"
@@ -174,8 +180,9 @@ def act_quant_bars(points: Iterable[Point], act: str) -> list[Bar]:
                 bare.cases.append(Case((row.us - row.quant_us) / row.read_us, where))
             if 1 < m <= 16 and 1 in ours:
                 flat.cases.append(Case(row.us / ours[1].us, where))
-            if m in exact:
-                against_exact = Case(row.us / exact[m].us, where)
+            exact = sweep.beside(row, act="bf16")
+            if exact is not None:
+                against_exact = Case(row.us / exact.us, where)
                 every.cases.append(against_exact)
                 if m <= 64:
                     decode.cases.append(against_exact)
@@ -205,21 +212,23 @@ def moe_bars(points: Iterable[Point]) -> list[Bar]:
             if tokens in ours:
                 bar.cases.append(Case(ours[tokens].us, shape.model))
             bars.append(bar)
-        zipf = sweep.block("w4tensor", "bf16", shape, "zipf1.2")
+        for tokens, skew in sweep.block("w4tensor", "bf16", shape, "zipf1.2").items():
+            even = sweep.beside(skew, routing="uniform")
+            if even is not None:
+                value = (skew.us / skew.read_us) / (even.us / even.read_us)
+                skewed.cases.append(Case(value, f"{shape.name}, {tokens} tokens"))
         for tokens, row in ours.items():
             where = f"{shape.name}, {tokens} tokens"
             if row.bf16_us:
                 slower.cases.append(Case(row.us / row.bf16_us, where))
-            if tokens in zipf:
-                skew = zipf[tokens]
-                value = (skew.us / skew.read_us) / (row.us / row.read_us)
-                skewed.cases.append(Case(value, where))
-            for act in ("int8g32", "int8g128", "int8token"):
-                other = sweep.block("w4tensor", act, shape).get(tokens)
-                if other is not None:
-                    int8.cases.append(Case(other.us / row.us, f"{where}, {act}"))
+        for act in ("int8g32", "int8g128", "int8token"):
+            for tokens, row in sweep.block("w4tensor", act, shape).items():
+                where = f"{shape.name}, {tokens} tokens, {act}"
+                exact = sweep.beside(row, act="bf16")
+                if exact is not None:
+                    int8.cases.append(Case(row.us / exact.us, where))
                     if tokens >= 1600:
-                        int8_many.cases.append(Case(row.us / other.us, f"{where}, {act}"))
+                        int8_many.cases.append(Case(exact.us / row.us, where))
     return [*bars, slower, skewed, int8, int8_many]
 
 
@@ -284,11 +293,15 @@ def _first_token(shape: Shape, row: Point, where: str, large: Bar, small: Bar) -
 def _steps(shape: Shape, line: dict[int, Point]) -> Iterator[Case]:
     rows = list(line.values())
     for row, larger in zip(rows, rows[1:], strict=False):
-        where = f"{shape.name}, M={row.M} to {larger.M}"
-        yield Case(row.us / larger.us, where)
+        if row.git == larger.git:
+            yield Case(row.us / larger.us, f"{shape.name}, M={row.M} to {larger.M}")
 
 
-def _per_byte(shape: Shape, line: dict[int, Point], base: dict[int, Point]) -> Iterator[Case]:
-    for m in line.keys() & base.keys():
-        value = (line[m].us / line[m].read_us) / (base[m].us / base[m].read_us)
-        yield Case(value, f"{shape.name}, M={m}")
+def _per_byte(
+    shape: Shape, rows: Iterable[Point], base: Callable[[Point], Point | None]
+) -> Iterator[Case]:
+    for row in rows:
+        other = base(row)
+        if other is not None:
+            value = (row.us / row.read_us) / (other.us / other.read_us)
+            yield Case(value, f"{shape.name}, M={row.M}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import bars, rows
@@ -54,6 +56,13 @@ def test_a_cliff_between_two_tokens_shows():
     bar = worst(line, "time at M")
     assert bar.worst.value == 20 / 19 and bar.worst.where == "28672x4096, M=16 to 17"
     assert bar.reaches(bar.must) is False
+
+
+def test_our_own_rows_are_compared_within_a_commit():
+    with_zeros = point(us=30.0, zero="integer")
+    old, new = point(us=25.0), replace(point(us=20.0), git="1")
+    assert worst([with_zeros, old, new], "asymmetric").worst.value == 30 / 25
+    assert worst([with_zeros, new], "asymmetric").cases == []
 
 
 def test_the_newest_row_counts():

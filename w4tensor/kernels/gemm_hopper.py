@@ -219,8 +219,10 @@ def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
     return first, block_m - first
 
 
-# of a thread, for tiles of (tokens, rows) whose weights are unpacked in the shortest way: then six
-# programs, some of the next launch, share a multiprocessor (4096 x 14336, 8 tokens: 15 us, not 18).
+# of a thread, for tiles of (tokens, rows) that are slices of K, whose weights are unpacked in the
+# shortest way with a scale a step: then six programs, some of the next launch, share a
+# multiprocessor (4096 x 14336, 8 tokens: 15 us, not 18). Tiles that are not cut lose by it (57344 x
+# 8192, 8 tokens: 88 us, not 74), and so do finer scales (43008 x 5376, group 32: 57 us, not 46).
 # From 3.9 on, Triton's code would spill
 _BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 MAX_REGISTERS = {(8, 64): 80} if _BEFORE_3_9 else {}
@@ -258,6 +260,8 @@ def gemm_hopper(
     first, second = runs_of_tokens(plan.block_m, m)
     tile = plan.block_m, plan.block_n
     short = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
+    short = short and (n_groups == 1 or group_size >= 128)
+    all_cut = split_k > 1 and plan.whole == 0
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
 
     def operands(x, words, scale, zero_point, bias, y) -> tuple:
@@ -308,7 +312,7 @@ def gemm_hopper(
         PDL=plan.pdl,
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
-        **({"maxnreg": MAX_REGISTERS[tile]} if tile in MAX_REGISTERS and short else {}),
+        **({"maxnreg": MAX_REGISTERS[tile]} if tile in MAX_REGISTERS and short and all_cut else {}),
     )
     # of tensors only the addresses are read: qdata need not be words
     return again and (lambda *tensors: again(*operands(*tensors)))

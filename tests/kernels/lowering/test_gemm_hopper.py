@@ -75,7 +75,7 @@ def _lower(
     unaligned += ["token", "M", "steps", "whole", "split_k"]
     # rows that the accelerator stores are multiples of 8, and mostly of 16
     unaligned += ["N", "n_groups"] if y else []
-    short = dtype == "bf16" and zero is None and scale is None
+    short = dtype == "bf16" and zero is None and scale is None and split and group in (0, 128)
     registers = MAX_REGISTERS.get((tile.block_m, tile.block_n)) if short else None
     return lower(
         _gemm_hopper_kernel,
