@@ -31,12 +31,13 @@ from torch.nn import functional as F
 
 from benchmarks import timing
 from w4tensor import arch, moe
-from w4tensor.dispatch import KWIDTH_2_EVERYWHERE
+from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch
 from w4tensor.dispatch_experts import (
     ActQuantGroupedPlan,
     ExpertsPlan,
     ExpertsProblem,
     GroupedPlan,
+    HopperGroupedPlan,
     PairsPlan,
     plan_experts,
 )
@@ -53,7 +54,7 @@ from w4tensor.testing import (
     rel_err,
 )
 
-Plan = PairsPlan | GroupedPlan | ActQuantGroupedPlan
+Plan = PairsPlan | GroupedPlan | HopperGroupedPlan | ActQuantGroupedPlan
 # a plan of the first or the second product, or of the block
 Job = tuple[str, str, Plan | ExpertsPlan]
 # (microseconds, plan) of the first and of the second product, fastest first
@@ -65,7 +66,9 @@ PRODUCTS = ("first", "second")
 TRY_PAIRS_UP_TO = 256
 # pairs of an expert up to which sorting them cannot pay
 TRY_GROUPED_FROM = 1.05
-TILES_OF_TOKENS = (8, 16, 32, 64, 128)
+TILES_OF_TOKENS = (8, 16, 32, 64, 128, 256)
+# sums in int32 and in fp32 leave no registers for more
+INT8_MAX_TOKENS = 64
 SHARED_BYTES = 227 << 10
 SHOWN = 3
 # 36 dB of signal to noise
@@ -86,7 +89,8 @@ def pairs_candidates(top_k: int, k: int, kwidth: int) -> Iterator[PairsPlan]:
         yield PairsPlan(slots, slices, tiles, blocks, kwidth)
 
 
-def grouped_candidates(block_m: int, kwidth: int) -> Iterator[GroupedPlan]:
+def grouped_candidates(block_m: int, kwidth: int, fine: bool) -> Iterator[GroupedPlan]:
+    """`fine`: scales change within a step, and must come before the dot."""
     for block_n, warps, stages in itertools.product((64, 128, 256), (2, 4, 8), (2, 3, 4, 5)):
         wgmma = block_m >= 16 and warps % 4 == 0
         sums = block_m * block_n // (32 * warps)
@@ -97,11 +101,21 @@ def grouped_candidates(block_m: int, kwidth: int) -> Iterator[GroupedPlan]:
             continue
         for after in (True, False):
             # two sets of sums, or weights that are multiplied for few tokens
-            if (after and sums > 64) or (not after and block_m <= 16):
+            if (after and (sums > 64 or fine)) or (not after and block_m <= 16 and not fine):
                 continue
             order = 2 if wgmma else kwidth
             for narrow_m in _narrow(block_m):
                 yield GroupedPlan(block_m, block_n, after, order, warps, stages, narrow_m)
+
+
+def hopper_candidates(block_m: int) -> Iterator[HopperGroupedPlan]:
+    for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5)):
+        sums = block_m * block_n // (32 * warps)
+        shared = stages * (block_n * 64 + block_m * 256)
+        # a warp has 16 or 32 rows
+        if block_n < 16 * warps or sums > 128 or shared > SHARED_BYTES:
+            continue
+        yield HopperGroupedPlan(block_m, block_n, warps, stages, pdl=False)
 
 
 def act_quant_candidates(block_m: int, kwidth: int) -> Iterator[ActQuantGroupedPlan]:
@@ -120,13 +134,16 @@ def _narrow(block_m: int) -> tuple[int, ...]:
     return (0, block_m // 4) if block_m >= 64 else (0,)
 
 
-def candidates(problem: ExpertsProblem, kwidth: int) -> tuple[list[Plan], list[Plan]]:
+def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[Plan]]:
     """Plans of the first and of the second product."""
+    kwidth = 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
     int8 = problem.act_group_size is not None
 
-    def grouped(block_m: int, kwidth: int) -> Iterator[Plan]:
-        if not int8 or (block_m == 8 and kwidth == 4):
-            yield from grouped_candidates(block_m, kwidth)
+    def grouped(block_m: int) -> Iterator[Plan]:
+        if not int8 and target.capability[0] == HOPPER:
+            yield from hopper_candidates(block_m)
+        elif not int8 or (block_m == 8 and kwidth == 4):
+            yield from grouped_candidates(block_m, kwidth, problem.group_size % 128 != 0)
         if int8:
             yield from act_quant_candidates(block_m, kwidth)
 
@@ -138,11 +155,11 @@ def candidates(problem: ExpertsProblem, kwidth: int) -> tuple[list[Plan], list[P
     if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert
         mean = problem.rows_an_expert
-        last = len(TILES_OF_TOKENS) - 1
-        at = next((i for i, m in enumerate(TILES_OF_TOKENS) if mean <= m), last)
-        for block_m in TILES_OF_TOKENS[max(0, at - 1) : at + 2]:
-            first += grouped(block_m, kwidth)
-            second += grouped(block_m, kwidth)
+        tiles = [m for m in TILES_OF_TOKENS if not int8 or m <= INT8_MAX_TOKENS]
+        at = next((i for i, m in enumerate(tiles) if mean <= m), len(tiles) - 1)
+        for block_m in tiles[max(0, at - 1) : at + 2]:
+            first += grouped(block_m)
+            second += grouped(block_m)
     return first, second
 
 
@@ -223,10 +240,10 @@ class Load:
             ]
         calls = []
         for ids, weight, _, down in self.turns:
-            order = tiles = None
+            rows = None
             if not isinstance(plan, PairsPlan):
-                order, _, tiles = route(ids, self.problem.experts, plan.block_m)
-            routing = moe.Routing(ids, weight, order, tiles)
+                rows = moe.Rows(*route(ids, self.problem.experts, plan.block_m))
+            routing = moe.Routing(ids, weight, rows)
             calls.append(
                 lambda routing=routing, down=down: moe.second_product(self.h, routing, down, both)
             )
@@ -249,11 +266,15 @@ def problem_of(shape: MoeShape, tokens: int, act_group_size: int | None) -> Expe
     return ExpertsProblem(tokens, shape.top_k, *sizes, shape.group_size, act_group_size)
 
 
-def rule_of(problem: ExpertsProblem) -> ExpertsPlan:
-    """What dispatch has today."""
+def this_card() -> Arch:
     target = arch.current()
     assert target is not None
-    plan = plan_experts(problem, target)
+    return target
+
+
+def rule_of(problem: ExpertsProblem) -> ExpertsPlan:
+    """What dispatch has today."""
+    plan = plan_experts(problem, this_card())
     assert plan is not None
     return plan
 
@@ -312,7 +333,7 @@ def compile_jobs(jobs: dict[Job, int], options: argparse.Namespace) -> set[Job]:
 def tune_products(options: argparse.Namespace, load: Load, compiled: set[Job]) -> Ranking:
     model, tokens = load.layer.shape.model, load.problem.tokens
     ranking: Ranking = ([], [])
-    plans = candidates(load.problem, kwidth())
+    plans = candidates(load.problem, this_card())
     for what, rows, tried in zip(PRODUCTS, ranking, plans, strict=True):
         for plan in tried:
             if (model, what, plan) in compiled:
@@ -358,12 +379,6 @@ def time_block(
     if not torch.equal(y, moe.experts(load.x, *load.turns[0], plan)):
         raise RuntimeError("two runs differ")
     return us, error
-
-
-def kwidth() -> int:
-    target = arch.current()
-    assert target is not None
-    return 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
 
 
 def write(
@@ -416,7 +431,7 @@ def main() -> None:
     jobs: dict[Job, int] = {}
     for shape in shapes:
         for count in tokens[shape.model]:
-            plans = candidates(problem_of(shape, count, options.act_group_size), kwidth())
+            plans = candidates(problem_of(shape, count, options.act_group_size), this_card())
             for what, tried in zip(PRODUCTS, plans, strict=True):
                 for plan in tried:
                     jobs.setdefault((shape.model, what, plan), count)

@@ -1,0 +1,63 @@
+"""What moe.py tells the kernels of an experts block, without a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from w4tensor import moe
+from w4tensor.dispatch_experts import ExpertsPlan, HopperGroupedPlan
+from w4tensor.layout import COALESCED
+from w4tensor.testing import random_codes, random_routing
+
+TILE = HopperGroupedPlan(8, 64, 4, 4)
+EXPERTS, TOP_K, HIDDEN, INTER, TOKENS = 4, 2, 128, 128, 3
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, dict]]:
+    """Names of what would be launched, and what the products were told; nothing runs."""
+    seen: list[tuple[str, dict]] = []
+
+    def stub(name, result):
+        def run(*args, **told):
+            seen.append((name, told))
+            return result(*args)
+
+        monkeypatch.setattr(moe, name, run)
+
+    rows = TOKENS * TOP_K
+    routed = torch.arange(rows), torch.zeros(EXPERTS, dtype=torch.int32), torch.zeros(rows, 3)
+    stub("route", lambda *_: routed)
+    stub("tiles_of", lambda *_: routed[2])
+    stub("gather_rows", lambda x, order, *_: x.new_zeros(len(order), x.shape[1]))
+    stub("multiply_grouped_hopper", lambda *args: args[7])
+    stub("combine", lambda pairs, ids, weight, y, *_: y)
+    return seen
+
+
+def _stack(n: int, k: int, act_group_size: int | None = None) -> moe.Stack:
+    codes = random_codes(EXPERTS, n, k, group_size=128)
+    qdata = COALESCED.pack(codes.q)
+    return moe.Stack(qdata, codes.scale, None, 128, None, act_group_size)
+
+
+def test_products_of_routed_rows_need_not_wait_for_their_tiles(launches):
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    routing = random_routing(TOKENS, EXPERTS, TOP_K)
+    stacks = _stack(2 * INTER, HIDDEN), _stack(HIDDEN, INTER)
+    moe.experts(x, *routing, *stacks, ExpertsPlan(TILE, TILE))
+    names = [name for name, _ in launches]
+    # a launch stands between the list of tiles and who reads it early
+    product = "multiply_grouped_hopper"
+    assert names == ["route", "gather_rows", product, product, "combine"]
+    told = [told["wait_for_tiles"] for name, told in launches if name == product]
+    assert told == [False, False]
+
+
+def test_a_product_of_rows_as_given_waits_for_its_tiles(launches):
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    offs = torch.full((EXPERTS,), TOKENS, dtype=torch.int32)
+    moe.grouped_linear(x, offs, _stack(INTER, HIDDEN), TILE)
+    assert [name for name, _ in launches] == ["tiles_of", "multiply_grouped_hopper"]
+    assert launches[-1][1]["wait_for_tiles"] is True
