@@ -25,7 +25,7 @@ from benchmarks.rows import RESULTS, Environment, append, environment
 from examples import quantize_hf_model as minilm
 from examples import train_and_quantize_lm as lm
 from w4tensor import W4ActQuantConfig, W4CoalescedConfig
-from w4tensor.ops import ACT_GROUP_SIZES
+from w4tensor.checks import ACT_GROUP_SIZES
 from w4tensor.testing import sqnr_db
 
 GROUP_SIZES = (128, 32)

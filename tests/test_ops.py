@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.weights import CLASSES, DTYPES, Case, assert_close, both_classes, cases, exact_x
 from w4tensor import Int4ActQuantTensor, reference
+from w4tensor.checks import ACT_GROUP_SIZES, check_act_group_size
 from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
-from w4tensor.ops import ACT_GROUP_SIZES, check_act_group_size
 
 ops = torch.ops.w4tensor
 

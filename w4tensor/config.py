@@ -19,9 +19,9 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 from w4tensor import hf_experts
+from w4tensor.checks import check_act_group_size
 from w4tensor.errors import Unsupported
 from w4tensor.layout import SCALE_DTYPES, check_group_size
-from w4tensor.ops import check_act_group_size
 from w4tensor.quantize import ALGORITHMS, Algorithm
 from w4tensor.tensors import CudaCoalescedInt4Tensor, Int4ActQuantTensor, linear_weight
 

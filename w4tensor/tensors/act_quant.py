@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from w4tensor.checks import check_act_group_size
 from w4tensor.layout import ACT_QUANT
-from w4tensor.ops import check_act_group_size
 from w4tensor.tensors import products, views
 from w4tensor.tensors.packed import PackedInt4
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from w4tensor.checks import check_ids
 from w4tensor.layout import has_values
-from w4tensor.ops import check_ids
 from w4tensor.tensors.packed import PackedInt4
 from w4tensor.tensors.products import as_autocast, bind
 
