@@ -230,15 +230,15 @@ def multiply_grouped_hopper(
     scatter: bool = False,
     gate: str = "none",
     act: str = "none",
-    wait_for_tiles: bool = False,
+    wait_for_tiles: bool = True,
 ) -> Tensor:
     """Fill the rows of y [rows, N], or [rows, N / 2] with a gate, that `tiles` lists.
 
     Args:
         x: [rows, K], sorted by expert. The rest as kernels/grouped.py has it, qdata COALESCED and
             contiguous.
-        wait_for_tiles: the launch ahead of this one makes `tiles`. Else it is done, as that launch
-            began after it, and weights are read while that launch makes x.
+        wait_for_tiles: the launch ahead of this one may make `tiles`. If not, they were done before
+            it began, and are read, and weights too, while it makes x.
     """
     n_experts, n = qdata.shape[:2]
     k = x.shape[1]
