@@ -36,10 +36,9 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     return seen
 
 
-def _stack(n: int, k: int, act_group_size: int | None = None) -> moe.Stack:
+def _stack(n: int, k: int) -> moe.Stack:
     codes = random_codes(EXPERTS, n, k, group_size=128)
-    qdata = COALESCED.pack(codes.q)
-    return moe.Stack(qdata, codes.scale, None, 128, None, act_group_size)
+    return moe.Stack(COALESCED.pack(codes.q), codes.scale, None, 128)
 
 
 def test_products_of_routed_rows_need_not_wait_for_their_tiles(launches):

@@ -101,7 +101,7 @@ def check_grouped(x: Tensor, qdata: Tensor, offs: Tensor) -> None:
             f"offs is {offs.dtype} {tuple(offs.shape)}, expected torch.int32 ({qdata.shape[0]},)"
         )
     if offs.device != x.device:
-        raise Unsupported(f"offs is on {offs.device} and x on {x.device}")
+        raise Unsupported(f"offs is on {offs.device} and x on {x.device}; move it there")
 
 
 def check_gathered(x: Tensor, ids: Tensor, qdata: Tensor) -> None:
@@ -114,7 +114,7 @@ def check_gathered(x: Tensor, ids: Tensor, qdata: Tensor) -> None:
             f"ids is {ids.dtype} {tuple(ids.shape)}, expected int32 or int64 ({x.shape[0]},)"
         )
     if ids.device != x.device:
-        raise Unsupported(f"ids is on {ids.device} and x on {x.device}")
+        raise Unsupported(f"ids is on {ids.device} and x on {x.device}; move it there")
 
 
 def check_experts(

@@ -61,8 +61,7 @@ def test_a_chain_of_blocks_has_the_bits_of_blocks_one_by_one(tokens, act_group_s
                 torch.cuda.synchronize()
         return y
 
-    apart = plan if not hasattr(plan.first, "pdl") else _without_overlap(plan)
-    expected = chain(apart, alone=True)
+    expected = chain(_without_overlap(plan), alone=True)
     assert expected.isfinite().all()
     for _ in range(20):
         assert torch.equal(chain(plan, alone=False), expected)

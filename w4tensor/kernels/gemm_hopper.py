@@ -259,9 +259,10 @@ def gemm_hopper(
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     first, second = runs_of_tokens(plan.block_m, m)
     tile = plan.block_m, plan.block_n
-    short = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
-    short = short and (n_groups == 1 or group_size >= 128)
+    shortest = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
+    scale_a_step = n_groups == 1 or group_size >= 128
     all_cut = split_k > 1 and plan.whole == 0
+    capped = tile in MAX_REGISTERS and shortest and scale_a_step and all_cut
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
 
     def operands(x, words, scale, zero_point, bias, y) -> tuple:
@@ -312,7 +313,7 @@ def gemm_hopper(
         PDL=plan.pdl,
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
-        **({"maxnreg": MAX_REGISTERS[tile]} if tile in MAX_REGISTERS and short and all_cut else {}),
+        **({"maxnreg": MAX_REGISTERS[tile]} if capped else {}),
     )
     # of tensors only the addresses are read: qdata need not be words
     return again and (lambda *tensors: again(*operands(*tensors)))

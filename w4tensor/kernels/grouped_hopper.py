@@ -125,6 +125,8 @@ def _grouped_hopper_kernel(
     first = gl.load(tile_ptr + 1)
     end = gl.load(tile_ptr + 2)
     if EARLY:
+        # accumulate() waits where there is a product; all programs have to, or this launch could be
+        # done before the one ahead, and the next one would take both for done
         if (first >= end) | (expert >= E):
             tl.extra.cuda.gdc_wait()
     # slots of the list that no expert needed are empty

@@ -150,6 +150,7 @@ def scaling_terms(scale, zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
     that shape, each twice a DTYPE: the scale, the shift, what is added to low and to high nibbles.
     """
     LIFT: tl.constexpr = FP16_LIFT if DTYPE == tl.float16 else 1.0
+    # what the forms of the two nibbles add to q / 4
     LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
     HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
     s = scale * (LIFT / CODE_UNIT)
@@ -166,9 +167,10 @@ def scaling_terms(scale, zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def unpack_by_terms(w, terms0, terms1, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """unpack_scaled() of what scaling_terms() made, in the words' shape."""
+    """unpack_scaled() of what scaling_terms() made for p = 0 and for p = 1, in the words' shape."""
     s0, shift0, low0, high0 = terms0
     s1, shift1, low1, high1 = terms1
+    # what the forms of the two nibbles add to q / 4
     LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
     HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
     args = [w, s0, shift0, s1, shift1, low0, high0, low1, high1]
