@@ -160,11 +160,12 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
 def test_slices_of_the_last_tiles_only(tile):
     w = weight_of(Case(5 * tile.block_n - 8, 1024, 128))
     x = torch.randn(tile.block_m, 1024, device="cuda", dtype=torch.bfloat16)
-    one, cut = run(plan_of(tile), x, w), run(plan_of(tile, 3), x, w)
+    # in fp32: rounded to bf16, the two orders of addition may agree everywhere
+    one, cut = run(plan_of(tile), x, w, None, FULL), run(plan_of(tile, 3), x, w, None, FULL)
     assert not torch.equal(one, cut)
     for whole in range(6):
         rows = whole * tile.block_n
-        y = run(plan_of(tile, 3, whole=whole), x, w)
+        y = run(plan_of(tile, 3, whole=whole), x, w, None, FULL)
         assert torch.equal(y[:, :rows], one[:, :rows]), whole
         assert torch.equal(y[:, rows:], cut[:, rows:]), whole
 

@@ -183,7 +183,12 @@ def test_fp32_x_beside_scales_of_every_dtype(m, dtype, zero):
     x = torch.randn(m, 640, device="cuda")
     y = F.linear(x, w)
     assert y.dtype == torch.float32
-    assert rel_err(y, oracle(x, w)) <= 3e-3
+    # kernels round x, the scales and their products with codes to bf16
+    q, s, z = w.to_codes()
+    rounded = reference.dequantize(q, s.bfloat16(), z).bfloat16().double()
+    ref = oracle(x, w)
+    budget = max(3e-3, 1.1 * rel_err(x.bfloat16().double() @ rounded.mT, ref))
+    assert rel_err(y, ref) <= budget
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
