@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from benchmarks import ceilings, timing
 from benchmarks.tune import CHECKED_ROWS, DTYPE, WORKERS
-from w4tensor import arch, launch
-from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch
+from w4tensor import arch, dispatch_int8, launch
+from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
     ActQuantDp4aPlan,
@@ -36,10 +37,12 @@ from w4tensor.dispatch_act_quant import (
     ActQuantPlan,
     ActQuantRoundedPlan,
 )
+from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
 from w4tensor.kernels.act_quant_gemm import act_quant_gemm
+from w4tensor.kernels.act_quant_hopper import act_quant_hopper
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.layout import ACT_QUANT
@@ -50,6 +53,7 @@ KERNELS = {
     ActQuantDp4aPlan: act_quant_dp4a,
     ActQuantDecodePlan: act_quant_decode,
     ActQuantGemmPlan: act_quant_gemm,
+    Int8Plan: act_quant_hopper,
 }
 # against the definition in fp64: fp32 sums, and one rounding of x or none
 REL_ERR = {ActQuantRoundedPlan: 3e-3}
@@ -80,6 +84,12 @@ class Point:
         return cls(n, k, group_size, zero, int(act), int(m))
 
     @property
+    def problem(self) -> Problem:
+        symmetric = self.zero == "symmetric"
+        sizes = self.m, self.n, self.k, self.group_size
+        return Problem(*sizes, "int8", symmetric, act_group_size=self.act)
+
+    @property
     def cell(self) -> int:
         group = 0 if self.group_size == self.k else self.group_size
         return cell_and_span(group, max(self.act, 0))[0]
@@ -97,6 +107,8 @@ def candidates(p: Point, target: Arch) -> list[ActQuantPlan]:
         plans += _decode_plans(p, target)
     if p.m > 8:
         plans += _gemm_plans(p, target)
+    if dispatch_int8.serves_int8(p.problem, target):
+        plans += _tile_plans(p, target)
     if p.m >= 128:
         plans += [ActQuantRoundedPlan(r) for r in (1024, 2048, 4096, 8192) if r < 2 * p.n]
     return plans
@@ -135,6 +147,12 @@ def _decode_plans(p: Point, target: Arch) -> list[ActQuantPlan]:
             continue
         plans.append(ActQuantDecodePlan(block_m, block_n, block_k, split, kwidth, warps, stages))
     return plans
+
+
+def _tile_plans(p: Point, target: Arch) -> Iterator[ActQuantPlan]:
+    for tile, split_k, whole in dispatch_int8.candidates(p.problem, target.num_sms):
+        shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
+        yield Int8Plan(*shape, split_k, whole, pdl=False)
 
 
 def _gemm_plans(p: Point, target: Arch) -> list[ActQuantPlan]:

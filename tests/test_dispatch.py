@@ -18,8 +18,14 @@ from w4tensor.dispatch import (
     ReferencePlan,
     plan,
 )
-from w4tensor.dispatch_act_quant import ActQuantDecodePlan, ActQuantDp4aPlan, ActQuantPlan
+from w4tensor.dispatch_act_quant import (
+    ActQuantDecodePlan,
+    ActQuantDp4aPlan,
+    ActQuantHopperPlan,
+    ActQuantPlan,
+)
 from w4tensor.dispatch_hopper import TILES, HopperPlan, predicted_us
+from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.errors import Unsupported
 from w4tensor.testing import DENSE_SHAPES
 
@@ -109,9 +115,10 @@ def test_regimes_change_where_dispatch_says(shape):
     assert isinstance(at(border + 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M - 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M), DequantPlan)
-    border = dispatch_act_quant.DECODE_MAX_M
-    assert isinstance(at(border, "int8"), ActQuantDecodePlan)
-    assert not isinstance(at(border + 1, "int8"), ActQuantDecodePlan)
+    border = dispatch_act_quant.TILE_FINE_MAX_M
+    assert isinstance(at(1, "int8"), ActQuantDp4aPlan)
+    assert all(isinstance(at(m, "int8"), Int8Plan) for m in range(2, border + 1))
+    assert isinstance(at(border + 1, "int8"), ActQuantHopperPlan)
 
 
 def test_many_weights_with_groups_of_32_are_decoded_by_tiles():

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from w4tensor import dispatch_int8
 from w4tensor.dispatch import DEQUANT_FROM_M, Arch, Problem
 from w4tensor.dispatch_act_quant import (
+    TILE_FINE_MAX_M,
+    TILE_MAX_M,
     ActQuantDecodePlan,
     ActQuantDp4aPlan,
     ActQuantGemmPlan,
@@ -17,7 +20,9 @@ from w4tensor.dispatch_act_quant import (
     ActQuantRoundedPlan,
     plan_act_quant,
 )
-from w4tensor.dispatch_hopper import plan_hopper, serves
+from w4tensor.dispatch_hopper import hopper_us, plan_hopper, serves
+from w4tensor.dispatch_int8 import TILES, Int8Plan, int8_us, is_fine, plan_int8, serves_int8
+from w4tensor.testing import DENSE_SHAPES
 
 ARCHS = [
     Arch(capability=capability, num_sms=num_sms, triton=triton)
@@ -53,7 +58,17 @@ def test_a_plan_fits_its_kernel(p, arch):
     if isinstance(plan, ActQuantHopperPlan):
         # one weight, whose words have one scale each
         assert hopper and p.batch == 1 and (p.group_size >= 32 or p.group_size == p.k)
-        assert p.m > 16 and plan.gemm == plan_hopper(p, arch)
+        assert p.m > (TILE_FINE_MAX_M if is_fine(p) else TILE_MAX_M)
+        assert plan.gemm == plan_hopper(p, arch)
+        return
+    if isinstance(plan, Int8Plan):
+        assert serves_int8(p, arch) and plan == plan_int8(p, arch)
+        # tiles of many tokens have no registers for sums of their own for each 32 k
+        assert plan.block_m == 8 or not is_fine(p)
+        # no slice without a step, and no more tiles whole than there are
+        steps = -(-p.k // plan.block_k)
+        tiles = -(-p.n // plan.block_n) * -(-p.m // plan.block_m)
+        assert 1 <= plan.split_k <= steps and 0 <= plan.whole < tiles
         return
     warps = plan.num_warps
     if isinstance(plan, ActQuantDp4aPlan):
@@ -88,10 +103,9 @@ FINE = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=
     "m,kind",
     [
         (1, ActQuantDp4aPlan),
-        (2, ActQuantDecodePlan),
-        (16, ActQuantDecodePlan),
-        (17, ActQuantHopperPlan),
-        (127, ActQuantHopperPlan),
+        (2, Int8Plan),
+        (TILE_FINE_MAX_M, Int8Plan),
+        (TILE_FINE_MAX_M + 1, ActQuantHopperPlan),
         (128, ActQuantHopperPlan),
         (DEQUANT_FROM_M - 1, ActQuantHopperPlan),
         (DEQUANT_FROM_M, ActQuantRoundedPlan),
@@ -105,34 +119,74 @@ def test_fine_scales_on_hopper(m, kind, groups):
     assert type(plan_act_quant(p, H200)) is kind
 
 
-@pytest.mark.parametrize(
-    "arch,changes",
-    [
-        # coarse scales: int8 tiles are faster
-        (H200, dict(act_group_size=128)),
-        (H200, dict(act_group_size=-1)),
-        (H200, dict(group_size=4096, act_group_size=-1)),
-        (H200, dict(batch=3)),
-        (A100, {}),
-    ],
-)
-def test_what_keeps_int8_tiles(arch, changes):
+@pytest.mark.parametrize("groups", [(128, 128), (128, -1), (4096, -1), (256, 128)])
+def test_others_are_rounded_where_that_is_faster(groups):
+    p = replace(FINE, group_size=groups[0], act_group_size=groups[1])
+    for m in range(2, TILE_MAX_M + 1):
+        assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
+    for m in (33, 64, 128, 300, 1024, 4096):
+        at = replace(p, m=m)
+        tile = int8_us(at, H200) <= hopper_us(at, H200)
+        assert type(plan_act_quant(at, H200)) is (Int8Plan if tile else ActQuantHopperPlan)
+
+
+def test_long_prompts_with_a_scale_a_token_are_not_rounded():
+    p = Problem(m=4096, n=28672, k=4096, group_size=128, act="int8", act_group_size=-1)
+    for m in (256, 1024, 4096, 2 * DEQUANT_FROM_M):
+        assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
+
+
+@pytest.mark.parametrize("arch,batch", [(H200, 3), (A100, 1)])
+def test_where_int8_tiles_of_hopper_do_not_serve(arch, batch):
+    for m in (2, 16):
+        p = replace(FINE, m=m, batch=batch)
+        assert isinstance(plan_act_quant(p, arch), ActQuantDecodePlan)
     for m in (17, 64, 127):
-        assert isinstance(plan_act_quant(replace(FINE, m=m, **changes), arch), ActQuantGemmPlan)
+        p = replace(FINE, m=m, batch=batch)
+        assert isinstance(plan_act_quant(p, arch), ActQuantGemmPlan)
+    p = replace(FINE, m=128)
+    assert isinstance(plan_act_quant(p, A100), ActQuantRoundedPlan)
 
 
-@pytest.mark.parametrize(
-    "arch,changes", [(H200, dict(group_size=16)), (H200, dict(k=1001, group_size=1001)), (A100, {})]
-)
-def test_where_hopper_tiles_do_not_serve(arch, changes):
+@pytest.mark.parametrize("changes", [dict(group_size=16), dict(k=1001, group_size=1001)])
+def test_where_hopper_tiles_do_not_serve(changes):
     p = replace(FINE, **changes)
-    assert not serves(p, arch)
-    assert isinstance(plan_act_quant(replace(p, m=127), arch), ActQuantGemmPlan)
-    assert isinstance(plan_act_quant(replace(p, m=128), arch), ActQuantRoundedPlan)
+    assert not serves(p, H200)
+    few = Int8Plan if p.group_size != 16 else ActQuantDecodePlan
+    assert isinstance(plan_act_quant(replace(p, m=8), H200), few)
+    assert isinstance(plan_act_quant(replace(p, m=127), H200), ActQuantGemmPlan)
+    assert isinstance(plan_act_quant(replace(p, m=128), H200), ActQuantRoundedPlan)
+
+
+def test_every_int8_tile_is_the_best_somewhere():
+    seen = set()
+    for shape in DENSE_SHAPES:
+        sizes = dict(n=shape.n, k=shape.k, group_size=128 if shape.k % 128 == 0 else shape.k)
+        for m in (2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
+            for act in (128, -1):
+                p = Problem(m=m, act="int8", act_group_size=act, **sizes)
+                plan = plan_int8(p, H200)
+                seen.add((plan.block_m, plan.block_n))
+    assert seen == {(tile.block_m, tile.block_n) for tile in TILES}
+
+
+def test_a_prediction_grows_with_tokens_rows_and_scales():
+    p = Problem(m=16, n=4096, k=4096, group_size=128, act="int8", act_group_size=-1)
+    us = int8_us(p, H200)
+    for more in (dict(m=4096), dict(n=65536), dict(k=65536)):
+        assert int8_us(replace(p, **more), H200) > us
+    tile = TILES[0]
+    few = replace(p, m=8)
+    costs = [
+        dispatch_int8.predicted_us(replace(few, act_group_size=a), 132, tile, 1, 0)
+        for a in (-1, 128, 32)
+    ]
+    assert costs == sorted(costs) and costs[0] < costs[2]
 
 
 def test_the_name_says_that_x_is_rounded():
     assert plan_act_quant(FINE, H200).name == f"rounded x, {plan_hopper(FINE, H200).name}"
+    assert plan_act_quant(replace(FINE, m=8), H200).name.startswith("int8 tile 8x")
 
 
 def test_plans_are_hashable_and_named():

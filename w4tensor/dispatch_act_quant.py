@@ -3,12 +3,12 @@
 Integers and a frozen Arch in, frozen dataclasses out, as in dispatch.py. Needs no GPU, no torch and
 no triton. Activations are quantised in a launch of their own, before any of:
 
-    dp4a     few tokens: a thread has a slice of a row and every token
+    dp4a     one token: a thread has a slice of a row
+    tile     more tokens on a Hopper: the tiles of dispatch_int8.py, or where they do not serve
     decode   up to 16 tokens: warps divide K, the matrix unit multiplies each cell
     gemm     more tokens: tiles of the matrix unit
 
-Where scales are so fine that the int8 tile spends its time on them, x is rounded to what its codes
-mean, in 16 bits, for
+Where int8 tiles spend their time on scales, x is rounded to what its codes mean, in 16 bits, for
 
     hopper   the tiles of dispatch_hopper.py, or where they do not serve or have lost their lead
     rounded  a library product with W dequantised, block by block
@@ -27,7 +27,8 @@ from w4tensor.dispatch import (
     Problem,
     workspace_rows,
 )
-from w4tensor.dispatch_hopper import HopperPlan, plan_hopper, serves
+from w4tensor.dispatch_hopper import HopperPlan, hopper_us, plan_hopper, serves
+from w4tensor.dispatch_int8 import Int8Plan, int8_us, is_fine, plan_int8, serves_int8
 
 __all__ = [
     "ActQuantDecodePlan",
@@ -45,6 +46,10 @@ DECODE_MAX_M = 16
 DP4A_MAX_M = 1
 # from here on, with scales finer than 128 k, the library's 16-bit product is faster than int8 tiles
 ROUNDED_FROM_M = 128
+# tokens up to which, on a Hopper, nothing is rounded: scales finer than 128 k, and others (8192 x
+# 8192, 8 tokens, groups of 32: 15.6 us and 16.2 rounded; per token, 32 tokens: 16.8 and 19)
+TILE_FINE_MAX_M = 8
+TILE_MAX_M = 32
 # what cells of 32 k leave room for in the registers of 256 threads
 FINE_BLOCK_M = 64
 
@@ -141,6 +146,7 @@ ActQuantPlan = (
     ActQuantDp4aPlan
     | ActQuantDecodePlan
     | ActQuantGemmPlan
+    | Int8Plan
     | ActQuantHopperPlan
     | ActQuantRoundedPlan
 )
@@ -156,22 +162,27 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
     """
     if p.m <= DP4A_MAX_M:
         return _dp4a_plan(p, arch)
-    if p.m <= DECODE_MAX_M:
-        return _decode_plan(p, arch)
-    if p.batch == 1 and _is_fine(p):
-        if p.m < DEQUANT_FROM_M and serves(p, arch):
-            return ActQuantHopperPlan(plan_hopper(p, arch))
-        if p.m >= ROUNDED_FROM_M:
-            return ActQuantRoundedPlan(rows=workspace_rows(p))
-    return _gemm_plan(p, arch)
+    rounded = _rounded_plan(p, arch)
+    if serves_int8(p, arch) and (rounded is None or _rounding_is_slower(p, arch)):
+        return plan_int8(p, arch)
+    if rounded is not None:
+        return rounded
+    return _decode_plan(p, arch) if p.m <= DECODE_MAX_M else _gemm_plan(p, arch)
 
 
-def _is_fine(p: Problem) -> bool:
-    """Whether scales change within 128 k: each change costs two instructions a sum."""
-    groups = [
-        g for g in (p.group_size if p.group_size != p.k else 0, p.act_group_size or 0) if g > 0
-    ]
-    return min(groups, default=128) < 128
+def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRoundedPlan | None:
+    """The plan for x rounded in 16 bits, where there is one that may be the fastest."""
+    if p.batch > 1 or not (is_fine(p) or serves_int8(p, arch)):
+        return None
+    if serves(p, arch) and p.m < DEQUANT_FROM_M:
+        return ActQuantHopperPlan(plan_hopper(p, arch))
+    return ActQuantRoundedPlan(rows=workspace_rows(p)) if p.m >= ROUNDED_FROM_M else None
+
+
+def _rounding_is_slower(p: Problem, arch: Arch) -> bool:
+    if p.m <= (TILE_FINE_MAX_M if is_fine(p) else TILE_MAX_M):
+        return True
+    return not serves(p, arch) or int8_us(p, arch) <= hopper_us(p, arch)
 
 
 def _dp4a_plan(p: Problem, arch: Arch) -> ActQuantDp4aPlan:
@@ -204,7 +215,7 @@ def _decode_plan(p: Problem, arch: Arch) -> ActQuantDecodePlan:
 
 def _gemm_plan(p: Problem, arch: Arch) -> ActQuantGemmPlan:
     hopper = arch.capability[0] == HOPPER
-    fine = _is_fine(p)
+    fine = is_fine(p)
     block_m = next((b for b in (32, 64) if p.m <= b), FINE_BLOCK_M if fine or not hopper else 128)
     # so that two programs of four warps share a multiprocessor, where sums leave them registers
     block_n = 128 if hopper and block_m < 128 else 64

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from w4tensor.dispatch import HOPPER, Arch, Problem
 
-__all__ = ["TILES", "HopperPlan", "HopperTile", "plan_hopper"]
+__all__ = ["TILES", "HopperPlan", "HopperTile", "hopper_us", "plan_hopper", "serves"]
 
 SPLITS = (1, 2, 3, 4, 6, 8)
 # steps of a slice below which starting it costs more than it saves
@@ -140,8 +140,7 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     >>> plan_hopper(p, h200).name
     'gemm 256x128/1'
     """
-    sms = arch.num_sms
-    tile, split_k, whole = min(candidates(p, sms), key=lambda choice: predicted_us(p, sms, *choice))
+    tile, split_k, whole = _best(p, arch.num_sms)
     return HopperPlan(
         tile.block_m,
         tile.block_n,
@@ -151,6 +150,15 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
         whole,
         pdl=split_k > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS,
     )
+
+
+def hopper_us(p: Problem, arch: Arch) -> float:
+    """Microseconds that plan_hopper() takes on an H200."""
+    return predicted_us(p, arch.num_sms, *_best(p, arch.num_sms))
+
+
+def _best(p: Problem, num_sms: int) -> tuple[HopperTile, int, int]:
+    return min(candidates(p, num_sms), key=lambda choice: predicted_us(p, num_sms, *choice))
 
 
 def candidates(p: Problem, num_sms: int) -> Iterator[tuple[HopperTile, int, int]]:
@@ -177,6 +185,13 @@ def _tiles(p: Problem, tile: HopperTile) -> int:
     return -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
 
 
+def step_us(programs: int, num_sms: int, resident: int, alone: float, shared: float) -> float:
+    """What a step of `programs` takes, summed over rounds of as many as the card holds."""
+    rounds, rest = divmod(programs, resident * num_sms)
+    us = rounds * max(alone, resident * shared)
+    return us + max(alone, -(-rest // num_sms) * shared) if rest else us
+
+
 def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole: int) -> float:
     """Microseconds on an H200, as the formula at the top of this file says."""
     alone, shared = tile.alone, tile.shared
@@ -188,10 +203,7 @@ def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole
     sliced = (_tiles(p, tile) - whole) * split_k
     us = 0.0
     for programs, slices in ((whole, 1), (sliced, split_k)):
-        rounds, rest = divmod(programs, tile.resident * num_sms)
-        step = rounds * max(alone, tile.resident * shared)
-        if rest:
-            step += max(alone, -(-rest // num_sms) * shared)
+        step = step_us(programs, num_sms, tile.resident, alone, shared)
         us += (-(-steps // slices) + FILL) * step
     weight_bytes = 0.5 + 2 / p.group_size
     l2_bytes = _tiles(p, tile) * p.k * (2 * tile.block_m + weight_bytes * tile.block_n)

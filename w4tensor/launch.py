@@ -26,10 +26,12 @@ from w4tensor.dispatch_experts import (
     plan_grouped,
 )
 from w4tensor.dispatch_hopper import HopperPlan
+from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
 from w4tensor.kernels.act_quant_gemm import act_quant_gemm
+from w4tensor.kernels.act_quant_hopper import act_quant_hopper
 from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
@@ -290,7 +292,7 @@ def act_quant_linear(
     e, m, _ = x3.shape
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
-    # a quantising launch stands between a copy and what may start before its predecessor is done
+    # a launch that quantises stands between a copy and what may start before it is done
     given = qdata, scale, zero_point, bias
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     bias = None if bias is None else bias.contiguous()
@@ -338,6 +340,7 @@ _ACT_QUANT_KERNELS: dict[type, Callable] = {
     ActQuantDp4aPlan: act_quant_dp4a,
     ActQuantDecodePlan: act_quant_decode,
     ActQuantGemmPlan: act_quant_gemm,
+    Int8Plan: act_quant_hopper,
 }
 
 

@@ -50,8 +50,11 @@ def check(m, n, k, group_size, act_group_size, zero, dtype=torch.bfloat16, bias=
     expected = definition(x, w, b)
     rounds = isinstance(dispatch.plan(problem_of(w, m), arch.current(0)), ActQuantHopperPlan)
     if rounds and y.numel() < 1024:
-        # nor those of the operands, which this kernel rounds
-        budget = max(budget, 1.1 * rel_err(definition(x, w, b, rounded=True).to(dtype), expected))
+        # nor those of the operands, which this kernel rounds: the root mean square of so many is
+        # known to one in sqrt(2 numel)
+        spread = 1 + 3 / (2 * y.numel()) ** 0.5
+        rounded = rel_err(definition(x, w, b, rounded=True).to(dtype), expected)
+        budget = max(budget, spread * rounded)
     error = rel_err(y, expected)
     assert error <= budget, (m, n, k, group_size, act_group_size, zero, error)
     assert torch.equal(y, F.linear(x, w, b)), "two runs differ"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @gluon.jit
-def _tile(tile, tiles_n, tiles_m, GROUP_N: gl.constexpr):
+def tile_at(tile, tiles_n, tiles_m, GROUP_N: gl.constexpr):
     """Row and column of a tile: GROUP_N tiles of rows share x while it is in L2."""
     first = tile // (GROUP_N * tiles_m) * GROUP_N
     width = gl.minimum(tiles_n - first, GROUP_N)
@@ -39,12 +39,34 @@ def _tile(tile, tiles_n, tiles_m, GROUP_N: gl.constexpr):
     return first + within % width, within // width
 
 
+@gluon.jit
+def slice_at(program, whole, split_k):
+    """Of a program: its tile, which slice of the tile's K it has, and of how many."""
+    tile = program
+    slices = 1
+    k_slice = 0
+    if program >= whole:
+        slices = split_k
+        k_slice = (program - whole) % split_k
+        tile = whole + (program - whole) // split_k
+    return tile, k_slice, slices
+
+
+@gluon.jit
+def await_parts(flag_ptr, parts, token):
+    """Until the sums of other slices are there; clears their flags."""
+    for part in range(parts):
+        while gl.atomic_add(flag_ptr + part, 0, sem="acquire") != token:
+            pass
+        gl.store(flag_ptr + part, 0)
+
+
 # of an accumulator, that are added at a time: there are no registers for more
 _COLUMNS = gl.constexpr(64)
 
 
 @gluon.jit
-def _inside(acc, first, WIDTH: gl.constexpr):
+def inside(acc, first, WIDTH: gl.constexpr):
     """Offsets of acc [BN, m], whose columns begin at `first`, in a matrix [BN, WIDTH]."""
     n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
     m = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
@@ -52,17 +74,17 @@ def _inside(acc, first, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
+def add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
     """((part 0 + part 1) + ..) + acc, of as many `parts` [BN, WIDTH] at ptr."""
     if acc.shape[1] > _COLUMNS:
         halved = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1)
         left, right = halved.split()
-        left = _add_parts(left, ptr, first, parts, WIDTH)
-        right = _add_parts(right, ptr, first + acc.shape[1] // 2, parts, WIDTH)
+        left = add_parts(left, ptr, first, parts, WIDTH)
+        right = add_parts(right, ptr, first + acc.shape[1] // 2, parts, WIDTH)
         out = gl.join(left, right).permute(0, 2, 1).reshape(acc.shape)
         return gl.convert_layout(out, acc.type.layout, assert_trivial=True)
     else:
-        at = _inside(acc, first, WIDTH)
+        at = inside(acc, first, WIDTH)
         # no branch around the sum of none: it would cost registers
         total = gl.load(ptr + at, mask=parts > 0, other=0.0, cache_modifier=".cg")
         for _ in range(1, parts):
@@ -108,15 +130,8 @@ def _gemm_hopper_kernel(
     MORE: gl.constexpr = 0 if more_x_desc is None else more_x_desc.block_shape[0]
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    tile = gl.program_id(0)
-    slices = 1
-    k_slice = 0
-    if part_ptr is not None:
-        if tile >= whole:
-            slices = split_k
-            k_slice = (tile - whole) % split_k
-            tile = whole + (tile - whole) // split_k
-    n0, m0 = _tile(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
+    tile, k_slice, slices = slice_at(gl.program_id(0), whole, split_k)
+    n0, m0 = tile_at(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
     n0 *= BLOCK_N
     m0 *= BLOCK_M
     if BLOCK_M < 256:
@@ -166,19 +181,15 @@ def _gemm_hopper_kernel(
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
             for i in gl.static_range(len(acc)):
-                gl.store(parts + k_slice * TILE + _inside(acc[i], columns[i], BLOCK_M), acc[i])
+                gl.store(parts + k_slice * TILE + inside(acc[i], columns[i], BLOCK_M), acc[i])
             barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
             return
-        for other in range(others):
-            flag = flag_ptr + first + other
-            while gl.atomic_add(flag, 0, sem="acquire") != token:
-                pass
-            gl.store(flag, 0)
+        await_parts(flag_ptr + first, others, token)
     for i in gl.static_range(len(acc)):
         sums = acc[i]
         if part_ptr is not None:
-            sums = _add_parts(sums, parts, columns[i], others, BLOCK_M)
+            sums = add_parts(sums, parts, columns[i], others, BLOCK_M)
         _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N)
 
 

@@ -1,0 +1,179 @@
+"""Tiles of kernels/act_quant_hopper.py, and which of them serves a problem: plan_int8(p, arch).
+
+What dispatch_hopper.py says of its tiles holds for these, with fewer constants: steps are as long
+as a tile's block_k, and the first to arrive is in START. Scales that change within K cost more for
+each sum: C128 us for 8192 of them and 128 k where tokens have a scale for each 128 k, C32 where
+scales of either side change within 128 k. That is why only tiles of few tokens serve the latter.
+
+The constants were fitted to times of five shapes (2048 x 4096, 4096 x 4096, 8192 x 8192, 28672 x
+4096, 4096 x 14336) at 2 to 4096 tokens on an H200, quantising included; what that takes is not in
+int8_us(), as it is paid for any kernel. There the choice of a tile takes 1.000 times the best
+measured one in the middle, 1.122 at 95 % and at most 1.348; what dispatch_act_quant.py chooses
+between tiles and rounding, 1.000, 1.083 and 1.149. No shape was left out of the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from w4tensor.dispatch import HOPPER, Arch, Problem
+from w4tensor.dispatch_hopper import SPLITS, WORKSPACE_BYTES, step_us
+
+__all__ = ["TILES", "Int8Plan", "Int8Tile", "int8_us", "is_fine", "plan_int8", "serves_int8"]
+
+# steps of a slice below which starting it costs more than it saves
+MIN_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Plan:
+    """One launch of kernels/act_quant_hopper.py.
+
+    Fields:
+        block_m, block_n: tokens and rows of a program. block_k: k of a step, 128 or 256.
+        split_k: slices of K. whole: of how many tiles K is not cut, those that fill the card.
+        group_n: row tiles that share x in L2.
+        pdl: start under programmatic dependent launch and read weights before the kernel ahead is
+            done.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    whole: int = 0
+    group_n: int = 8
+    pdl: bool = True
+
+    @property
+    def name(self) -> str:
+        after = f" after {self.whole}" if self.whole else ""
+        return f"int8 tile {self.block_m}x{self.block_n}/{self.split_k}{after}"
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Tile:
+    """A tile, and what a step of it costs (above)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    alone: float
+    shared: float
+
+    @property
+    def fine(self) -> bool:
+        """Whether it serves scales that change within 128 k."""
+        return self.block_m == 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+
+
+TILES = (
+    Int8Tile(8, 64, 256, 4, 4, resident=5, alone=0.444, shared=0.300),
+    Int8Tile(8, 128, 256, 4, 3, resident=3, alone=0.605, shared=0.438),
+    Int8Tile(16, 64, 256, 4, 4, resident=4, alone=0.427, shared=0.295),
+    Int8Tile(16, 128, 256, 4, 3, resident=3, alone=0.658, shared=0.463),
+    Int8Tile(32, 64, 256, 4, 3, resident=4, alone=0.820, shared=0.231),
+    Int8Tile(64, 64, 128, 4, 4, resident=4, alone=0.553, shared=0.189),
+    Int8Tile(64, 128, 128, 4, 4, resident=2, alone=0.522, shared=0.334),
+    Int8Tile(128, 64, 128, 4, 3, resident=3, alone=0.750, shared=0.261),
+)
+START = 0.566
+ADD_SLICE = 0.638
+ADD_PART = 1.73
+# a us; of L2, a us and a multiprocessor
+READ_BYTES = 3.21e6
+L2_BYTES = 77.8e3
+C128 = 0.0631
+C32 = 0.493
+
+
+def is_fine(p: Problem) -> bool:
+    """Whether scales change within 128 k: each change costs two instructions a sum."""
+    groups = [
+        g for g in (p.group_size if p.group_size != p.k else 0, p.act_group_size or 0) if g > 0
+    ]
+    return min(groups, default=128) < 128
+
+
+def serves_int8(p: Problem, arch: Arch) -> bool:
+    """Whether the kernel can: one weight, whose bytes have one scale each, and tiles for it."""
+    known = p.group_size >= 32 or p.group_size == p.k
+    few = p.m <= max(tile.block_m for tile in TILES if tile.fine)
+    return arch.capability[0] == HOPPER and p.batch == 1 and known and (few or not is_fine(p))
+
+
+def plan_int8(p: Problem, arch: Arch) -> Int8Plan:
+    """The plan for a problem that serves_int8() accepts.
+
+    >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    >>> p = Problem(m=8, n=28672, k=4096, group_size=128, act="int8", act_group_size=32)
+    >>> plan_int8(p, h200).name
+    'int8 tile 8x128/1'
+    """
+    tile, split_k, whole = _best(p, arch.num_sms)
+    shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
+    return Int8Plan(*shape, split_k, whole)
+
+
+def int8_us(p: Problem, arch: Arch) -> float:
+    """Microseconds that plan_int8() takes on an H200, without those that quantise x."""
+    return predicted_us(p, arch.num_sms, *_best(p, arch.num_sms))
+
+
+def _best(p: Problem, num_sms: int) -> tuple[Int8Tile, int, int]:
+    return min(candidates(p, num_sms), key=lambda choice: predicted_us(p, num_sms, *choice))
+
+
+def candidates(p: Problem, num_sms: int) -> Iterator[tuple[Int8Tile, int, int]]:
+    """Tiles with as many slices as their K may have, and how many tiles are not cut."""
+    for tile in TILES:
+        # no more than half of a tile may be empty
+        if tile.block_m >= 2 * max(p.m, 8) or (is_fine(p) and not tile.fine):
+            continue
+        # far too small, and not measured
+        if tile.block_m < min(p.m, 64) / 2 or 8 * tile.block_m < min(p.m, 1024):
+            continue
+        tiles = _tiles(p, tile)
+        fill = tile.resident * num_sms
+        for split_k in SPLITS:
+            whole = tiles // fill * fill if split_k > 1 else 0
+            cut = tiles - whole
+            sums = cut * (split_k - 1) * tile.block_m * tile.block_n * 4
+            few = -(-p.k // tile.block_k) < MIN_STEPS * split_k
+            if split_k == 1 or not (
+                few or cut == 0 or cut * split_k > 1.3 * fill or sums > WORKSPACE_BYTES
+            ):
+                yield tile, split_k, whole
+
+
+def _tiles(p: Problem, tile: Int8Tile) -> int:
+    return -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
+
+
+def predicted_us(p: Problem, num_sms: int, tile: Int8Tile, split_k: int, whole: int) -> float:
+    """Microseconds on an H200, as the formula at the top of this file says."""
+    scales = C32 if is_fine(p) else C128 if (p.act_group_size or 0) > 0 else 0.0
+    scales *= tile.block_m * tile.block_n / 8192 * tile.block_k / 128
+    alone, shared = tile.alone + scales, tile.shared + scales
+    steps = -(-p.k // tile.block_k)
+    sliced = (_tiles(p, tile) - whole) * split_k
+    us = 0.0
+    for programs, slices in ((whole, 1), (sliced, split_k)):
+        us += -(-steps // slices) * step_us(programs, num_sms, tile.resident, alone, shared)
+    weight_bytes = 0.5 + 2 / p.group_size
+    l2_bytes = _tiles(p, tile) * p.k * (tile.block_m + weight_bytes * tile.block_n)
+    us = max(us, l2_bytes / (L2_BYTES * num_sms))
+    if split_k > 1:
+        parts = sliced / num_sms * tile.block_m * tile.block_n / 4096
+        us += ADD_SLICE * split_k + ADD_PART * parts
+    return START + max(us, p.n * p.k * weight_bytes / READ_BYTES)

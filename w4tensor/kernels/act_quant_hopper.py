@@ -1,0 +1,232 @@
+"""Y[M, N] = X[M, K] @ W[N, K].T on Hopper with int8 activations: hopper_int8_loop.py by tiles.
+
+    y[m, n] = sum over cells of  x_scale[m, a] * scale[n, g] * sum_k x[m, k] (q[n, k] - z[n, g])
+
+Tiles, slices of K and the ordered sums of slices are those of gemm_hopper.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from w4tensor.kernels.act_quant_tile import cell_and_span
+from w4tensor.kernels.gemm_hopper import add_parts, await_parts, inside, slice_at, tile_at
+from w4tensor.kernels.hopper_int8_loop import MINUS_8, accumulate_int8, layout_of_int8_sums
+from w4tensor.kernels.hopper_loop import barrier, descriptor, store
+from w4tensor.kernels.launcher import Launcher
+from w4tensor.kernels.unpack_act_quant import UNIT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from w4tensor.dispatch_int8 import Int8Plan
+
+
+@gluon.jit(do_not_specialize=["token", "M", "steps", "whole", "split_k"])
+def _act_quant_hopper_kernel(
+    x_desc,
+    x_scale_desc,
+    x_sum_desc,
+    w_desc,
+    y_desc,
+    y_ptr,
+    # of all of K; the descriptors are None where these are of use
+    x_scale_ptr,
+    x_sum_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    part_ptr,
+    flag_ptr,
+    token,
+    M,
+    N,
+    steps,
+    n_groups,
+    # tiles that are not cut: the first ones
+    whole,
+    split_k,
+    GROUP_N: gl.constexpr,
+    # 0 where the row is one group, and where the token is
+    GROUP: gl.constexpr,
+    ACT_GROUP: gl.constexpr,
+    CELL: gl.constexpr,
+    # whether K is a multiple of a step
+    WHOLE_STEPS: gl.constexpr,
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
+    BLOCK_N: gl.constexpr = w_desc.block_shape[0]
+    ACC: gl.constexpr = layout_of_int8_sums(WARPS, BLOCK_M)
+    tile = gl.program_id(0)
+    slices = 1
+    k_slice = 0
+    if part_ptr is not None:
+        tile, k_slice, slices = slice_at(tile, whole, split_k)
+    n0, m0 = tile_at(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
+    n0 *= BLOCK_N
+    m0 *= BLOCK_M
+    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+    m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
+    acc, xs = accumulate_int8(
+        x_desc,
+        x_scale_desc,
+        x_sum_desc,
+        m0,
+        w_desc,
+        n0,
+        gl.minimum(n, N - 1),
+        scale_ptr,
+        zero_ptr,
+        n_groups,
+        steps * k_slice // slices,
+        steps * (k_slice + 1) // slices,
+        steps,
+        BLOCK_N,
+        GROUP,
+        ACT_GROUP,
+        CELL,
+        WHOLE_STEPS,
+        WARPS,
+        STAGES,
+        PDL,
+    )
+    if part_ptr is not None:
+        TILE: gl.constexpr = BLOCK_N * BLOCK_M
+        others = slices - 1
+        first = (tile - whole) * others
+        parts = part_ptr + first.to(gl.int64) * TILE
+        if k_slice < others:
+            gl.store(parts + k_slice * TILE + inside(acc, 0, BLOCK_M), acc)
+            barrier()
+            gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
+            return
+        await_parts(flag_ptr + first, others, token)
+        acc = add_parts(acc, parts, 0, others, BLOCK_M)
+
+    y = acc * (1.0 / UNIT)
+    if zero_ptr is not None and GROUP == 0:
+        zero = gl.load(zero_ptr + n, mask=n < N, other=0.0).to(gl.float32) - MINUS_8
+        scale = gl.load(scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        x_sum = gl.load(x_sum_ptr + m, mask=m < M, other=0.0)
+        y -= (zero * scale).expand_dims(1) * x_sum.expand_dims(0)
+    if ACT_GROUP == 0:
+        y *= gl.load(x_scale_ptr + m, mask=m < M, other=0.0).expand_dims(0)
+    if bias_ptr is not None:
+        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
+    if y_desc is not None:
+        # through the memory of x, which is not needed any more
+        ys = xs._reinterpret(y_desc.dtype, [BLOCK_M, BLOCK_N], y_desc.layout)
+        barrier()
+        ys.permute((1, 0)).store(y.to(y_desc.dtype))
+        fence_async_shared()
+        barrier()
+        store(y_desc, [m0, n0], ys)
+        tma.store_wait(0)
+    else:
+        mask = (n < N).expand_dims(1) & (m < M).expand_dims(0)
+        at = m.to(gl.int64).expand_dims(0) * N + n.expand_dims(1)
+        gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_gemm = Launcher(_act_quant_hopper_kernel)
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def act_quant_hopper(
+    x: Tensor,
+    x_scale: Tensor,
+    x_sum: Tensor | None,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    group_size: int,
+    act_group_size: int,
+    plan: Int8Plan,
+) -> Callable | None:
+    """y [1, M, N] from what quantize_activation gave and contiguous W [1, N, *].
+
+    act_group_size: as x was quantised; -1 is per token. x_sum: None without zero_point, else made
+    with sum_group_size=group_size. bias [N] may be None. y is contiguous: bf16, fp16 or fp32.
+    """
+    _, m, n = y.shape
+    k_padded = x.shape[-1]
+    step = plan.block_k
+    steps = -(-k_padded // step)
+    n_groups = scale.shape[-1]
+    group = 0 if n_groups == 1 else group_size
+    act_group = max(act_group_size, 0)
+    cell, _ = cell_and_span(group, act_group)
+    tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
+    split_k = min(plan.split_k, steps)
+    cut = tiles - plan.whole
+    # slices whose sums are stored
+    stored = cut * (split_k - 1)
+    sums = stored * plan.block_m * plan.block_n
+    parts = flags = y_desc = x_scale_desc = x_sum_desc = None
+    if stored:
+        # sums of 4 bytes and flags of 8 in one allocation
+        parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
+        flags = parts[sums:].view(torch.int64)
+    # in whole rows of the memory that x had
+    fits = plan.block_n * 2 <= plan.num_stages * step
+    if y.dtype in _GLUON and n % 8 == 0 and y.data_ptr() % 16 == 0 and fits:
+        y_desc = descriptor(y, (m, n), n, (plan.block_m, plan.block_n), _GLUON[y.dtype])
+
+    def of_tokens(t: Tensor, size: int) -> TensorDescriptor:
+        """Of fp32 [1, groups, M], padded along M: what a step's groups of `size` k have."""
+        # a box begins at a multiple of 128 bytes
+        block = (max(1, step // size, 32 // plan.block_m), plan.block_m)
+        return descriptor(t, (t.shape[-2], m), t.stride(-2), block, gl.float32)
+
+    if act_group:
+        x_scale_desc = of_tokens(x_scale, act_group)
+    if x_sum is not None and group:
+        x_sum_desc = of_tokens(x_sum, group)
+    words = qdata.view(torch.uint8)
+    return _launch_gemm(
+        (plan.whole + cut * split_k,),
+        descriptor(x, (m, k_padded), k_padded, (plan.block_m, 128), gl.int8),
+        x_scale_desc,
+        x_sum_desc,
+        descriptor(words, (n, k_padded // 2), k_padded // 2, (plan.block_n, step // 2), gl.uint8),
+        y_desc,
+        y,
+        x_scale if x_scale_desc is None else None,
+        x_sum if x_sum_desc is None else None,
+        scale,
+        zero_point,
+        bias,
+        parts,
+        flags,
+        # odd and of 8 bytes: one specialisation
+        random.getrandbits(60) | 1 << 61 | 1,
+        m,
+        n,
+        steps,
+        n_groups,
+        plan.whole,
+        split_k,
+        GROUP_N=plan.group_n,
+        GROUP=group,
+        ACT_GROUP=act_group,
+        CELL=cell,
+        WHOLE_STEPS=n_groups * group_size % step == 0,
+        WARPS=plan.num_warps,
+        STAGES=plan.num_stages,
+        PDL=plan.pdl,
+        num_warps=plan.num_warps,
+        **({"launch_pdl": True} if plan.pdl else {}),
+    )
