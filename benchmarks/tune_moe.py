@@ -140,11 +140,11 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     int8 = problem.act_group_size is not None
 
     def grouped(block_m: int) -> Iterator[Plan]:
-        if not int8 and target.capability[0] == HOPPER:
+        if target.capability[0] == HOPPER:
             yield from hopper_candidates(block_m)
         elif not int8 or (block_m == 8 and kwidth == 4):
             yield from grouped_candidates(block_m, kwidth, problem.group_size % 128 != 0)
-        if int8:
+        if int8 and block_m <= INT8_MAX_TOKENS:
             yield from act_quant_candidates(block_m, kwidth)
 
     first: list[Plan] = []
@@ -155,7 +155,7 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert
         mean = problem.rows_an_expert
-        tiles = [m for m in TILES_OF_TOKENS if not int8 or m <= INT8_MAX_TOKENS]
+        tiles = TILES_OF_TOKENS
         at = next((i for i, m in enumerate(tiles) if mean <= m), len(tiles) - 1)
         for block_m in tiles[max(0, at - 1) : at + 2]:
             first += grouped(block_m)

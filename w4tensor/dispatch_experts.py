@@ -9,7 +9,8 @@ no triton. Two paths:
 The border is where the pairs of a token batch begin to share experts, so that reading an expert
 once pays for a sort and an ordered sum: REREADS. Where few rows share an expert's weights, their
 bytes decide: 16-bit kernels read either format of the weights, and where activations are promised
-to be int8, they multiply what the codes mean. From INT8_ROWS on, a tile of int8 rows is faster.
+to be int8, they multiply what the codes mean. On a Hopper that is so for any number of rows;
+elsewhere, from INT8_ROWS on, a tile of int8 rows is faster.
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ def _plan_grouped(
     hopper = arch.capability[0] == HOPPER
     # what the tensor memory accelerator reads, and scales that words have one of
     aligned = k_first % 8 == 0 and k_second % 8 == 0 and group_size != 16
-    if hopper and act_group_size is None and aligned:
+    if hopper and aligned:
         tile = next((tile for most, tile in HOPPER_ROWS if mean_rows <= most), HOPPER_MANY_ROWS)
         return HopperGroupedPlan(*tile)
     block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)

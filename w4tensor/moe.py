@@ -31,7 +31,7 @@ from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
 from w4tensor.kernels.grouped import multiply_grouped
 from w4tensor.kernels.grouped_hopper import gather_rows, multiply_grouped_hopper
-from w4tensor.kernels.pairs import multiply_pairs
+from w4tensor.kernels.pairs import multiply_pairs, takes_word_order
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.kernels.routing import route, tiles_of
 
@@ -173,10 +173,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sixteen_bit(x: Tensor, stack: Stack) -> Tensor:
-    """x as kernels with 16-bit activations take it; fp32 becomes bf16, whose range is fp32's."""
+def _sixteen_bit(x: Tensor, stack: Stack, word_order: bool = False, pdl: bool = False) -> Tensor:
+    """x as kernels with 16-bit activations take it; fp32 becomes bf16, whose range is fp32's.
+
+    word_order, pdl: as in round_activation, where there is an act_group_size.
+    """
     if stack.act_group_size is not None:
-        return round_activation(_rows(x)[None], stack.act_group_size)[0]
+        x = _rows(x)[None]
+        return round_activation(x, stack.act_group_size, word_order=word_order, pdl=pdl)[0]
     return _rows(x.bfloat16() if x.dtype == torch.float32 else x)
 
 
@@ -184,7 +188,8 @@ def _pairs(
     x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: PairsPlan, **fused: Any
 ) -> Tensor:
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
-    x = _sixteen_bit(x, stack)
+    word_order = takes_word_order(stack.qdata, stack.group_size)
+    x = _sixteen_bit(x, stack, word_order, pdl=plan.pdl != "none")
     return multiply_pairs(x, ids, *weights, y, stack.group_size, plan, **fused)
 
 
@@ -200,7 +205,7 @@ def _grouped(
     order, offs, tiles = rows
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
     if isinstance(plan, HopperGroupedPlan):
-        x = _sixteen_bit(x, stack)
+        x = _sixteen_bit(x, stack, word_order=True, pdl=plan.pdl)
         if x_div > 0:
             assert order is not None, "rows as given are where they should be"
             x = gather_rows(x, order, offs, x_div, plan.pdl)

@@ -1,7 +1,7 @@
 """Many tokens on Hopper: rows sorted by expert, each tile of them times its expert's weights.
 
 What kernels/grouped.py does, by the loop of hopper_loop.py: x has to stand sorted in memory
-(gather_rows), W to be COALESCED.
+(gather_rows). W is COALESCED, or ACT_QUANT with x in word order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from w4tensor.kernels.hopper_loop import (
     layout_of_sums,
 )
 from w4tensor.kernels.launcher import Launcher
+from w4tensor.layout import ACT_QUANT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,8 @@ def _grouped_hopper_kernel(
     # 0 where the row is one group
     GROUP: gl.constexpr,
     WHOLE_STEPS: gl.constexpr,
+    # whether W is in this format, or in COALESCED
+    ACT_QUANT: gl.constexpr,
     GATE: gl.constexpr,
     ACT: gl.constexpr,
     WARPS: gl.constexpr,
@@ -137,7 +140,7 @@ def _grouped_hopper_kernel(
             n0 = pid_n * OUT
             # experts are rows of one long matrix
             w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
-            i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, False))
+            i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
             sums, _ = accumulate(
                 (x_desc,),
                 (first,),
@@ -154,7 +157,7 @@ def _grouped_hopper_kernel(
                 BLOCK_N,
                 GROUP,
                 WHOLE_STEPS,
-                False,
+                ACT_QUANT,
                 GATE,
                 WARPS,
                 STAGES,
@@ -237,13 +240,12 @@ def multiply_grouped_hopper(
     """Fill the rows of y [rows, N], or [rows, N / 2] with a gate, that `tiles` lists.
 
     Args:
-        x: [rows, K], sorted by expert. The rest as kernels/grouped.py has it, qdata COALESCED and
-            contiguous.
+        x: [rows, K], sorted by expert, or [rows, padded_k(K)] in word order where qdata is
+            ACT_QUANT. The rest as kernels/grouped.py has it, qdata contiguous.
         wait_for_tiles: the launch ahead of this one may make `tiles`. If not, they were done before
             it began, and are read, and weights too, while it makes x.
     """
     n_experts, n = qdata.shape[:2]
-    k = x.shape[1]
     if tiles.shape[0] == 0:
         return y
     words = qdata.view(torch.int32)
@@ -270,7 +272,8 @@ def multiply_grouped_hopper(
         BLOCK_N=plan.block_n,
         SCATTER=scatter,
         GROUP=0 if scale.shape[-1] == 1 else group_size,
-        WHOLE_STEPS=k % 128 == 0,
+        WHOLE_STEPS=scale.shape[-1] * group_size % 128 == 0,
+        ACT_QUANT=qdata.dtype == ACT_QUANT.qdata_dtype,
         GATE=gate,
         ACT=act,
         WARPS=plan.num_warps,

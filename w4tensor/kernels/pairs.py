@@ -19,7 +19,8 @@ which is x. Words go from memory straight into the registers of the matrix unit:
 of a step are in flight at once; where one step is all of K, all of the program's are.
 
 W may be in either format: the ACT_QUANT one is read with 16-bit activations too, as the int8 unit
-would gain nothing for so few tokens.
+would gain nothing for so few tokens. Groups of 128 k or more leave the order of k within a block
+free: then x comes in word order, and words are loaded four at a time as COALESCED ones are.
 
 Ids outside 0..E-1 are expert-parallel sentinels: they load no weights and add nothing.
 """
@@ -38,10 +39,13 @@ from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.groups import groups_of
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import CODE_UNIT, SYMMETRIC_ZERO_POINT, join8, unpack, use_asm
+from w4tensor.layout import ACT_QUANT
 
 if TYPE_CHECKING:
     from w4tensor.dispatch_experts import PairsPlan
 
+# 0x88888888: what makes q of the eight q - 8 of a word
+EIGHTS = tl.constexpr(-0x77777778)
 # the columns of the smallest matrix instruction
 COLUMNS = tl.constexpr(8)
 
@@ -97,12 +101,16 @@ def _multiply(
     BLOCKS: tl.constexpr = words.shape[5]
     GROUPS: tl.constexpr = BLOCKS * PARTS
     GROUP: tl.constexpr = 128 // PARTS
-    if ACT_QUANT:
+    # x in word order: words are those of COALESCED, but for the signs of their nibbles
+    NATURAL: tl.constexpr = ACT_QUANT and PARTS > 1
+    if NATURAL:
         words = unpackable(words, ASM)
+    elif ACT_QUANT:
+        words = words ^ EIGHTS
     e0, e1, e2, e3, e4, e5, e6, e7 = unpack(words, x.dtype, ASM)
     z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
     # [t, lane, C, half, tile, block, i, a, b, c]
-    if ACT_QUANT:
+    if NATURAL:
         # nibble 4r + 2p + q' of word t of slice i now holds k = 32i + 16q' + 4t + 2p + r
         z = z.trans(0, 1, 2, 3, 4, 5, 6, 8, 7, 9)
     z = z.reshape(4, 8, C, 2, TILES, BLOCKS, PARTS, 8 // PARTS, 2, 2)
@@ -113,9 +121,9 @@ def _multiply(
         z = z.trans(5, 6, 2, 4, 3, 1, 7, 0, 8, 9)
     z = z.reshape(GROUPS * C, TILES * 16, GROUP)
     # where the words are made for the other order, x changes too
-    if ACT_QUANT and KWIDTH == 2:
+    if NATURAL and KWIDTH == 2:
         x = x.reshape(GROUPS * C, COLUMNS, 8 // PARTS, 4, 2, 2).trans(0, 1, 2, 4, 3, 5)
-    elif KWIDTH == 4 and not ACT_QUANT:
+    elif KWIDTH == 4 and not NATURAL:
         x = x.reshape(GROUPS * C, COLUMNS, 8 // PARTS, 2, 4, 2).trans(0, 1, 2, 4, 3, 5)
     xt = x.reshape(GROUPS * C, COLUMNS, GROUP).trans(0, 2, 1)
     # columns as four lanes of two, which is where the matrix unit leaves them and scales stand
@@ -192,7 +200,7 @@ def _pairs_kernel(
     w_ptrs = w_ptr + w_rows.to(tl.int64) * stride_wn
     t = tl.arange(0, 4)[:, None, None, None, None, None, None]
     i = tl.arange(0, 4)[None, None, None, None, None, None, :]
-    if ACT_QUANT:
+    if ACT_QUANT and PARTS > 1:
         # the clamp does nothing but keep the load from giving four words to one lane
         w_ptrs += tl.minimum(t, n_blocks * 16) + i * 4
     else:
@@ -290,6 +298,11 @@ def _pairs_kernel(
 _launch_pairs = Launcher(_pairs_kernel)
 
 
+def takes_word_order(qdata: Tensor, group_size: int) -> bool:
+    """Whether multiply_pairs takes x in word order (kernels/unpack_act_quant.py)."""
+    return qdata.dtype == ACT_QUANT.qdata_dtype and group_size not in (16, 32, 64)
+
+
 def multiply_pairs(
     x: Tensor,
     ids: Tensor,
@@ -309,6 +322,7 @@ def multiply_pairs(
     """Fill y [items, N], or [items, N / 2] with a gate, from x [items * top_k / x_div, K].
 
     Args:
+        x: [.., padded_k(K)] in word order where takes_word_order() says so.
         ids: [items, top_k], contiguous; weight: the same shape, or None for ones.
         qdata: COALESCED or ACT_QUANT [E, N, *]; bias: [E, N].
         gate: "none", "halves" (gate rows, then up rows) or "interleaved" (gate, up, gate, ..).
@@ -350,7 +364,7 @@ def multiply_pairs(
         PARTS=groups.parts,
         BLOCKS_A_GROUP=groups.blocks_a_group,
         VECTOR=groups.vector,
-        ACT_QUANT=qdata.dtype == torch.int64,
+        ACT_QUANT=qdata.dtype == ACT_QUANT.qdata_dtype,
         GATE=gate,
         ACT=act,
         KWIDTH=plan.kwidth,

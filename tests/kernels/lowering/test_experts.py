@@ -168,7 +168,7 @@ def shipped(kind: type, arch: Arch, act_group_size: int | None = None) -> list[t
     """(plan, gate) of every launch that dispatch plans for the shapes of real models."""
     found = {}
     # grouped_hopper.py serves them, but for rows that the tensor memory accelerator cannot read
-    more = 4 if kind is GroupedPlan else 0
+    more = 0 if kind is PairsPlan else 4
     for shape in MOE_SHAPES:
         for tokens in shape.tokens:
             sizes = shape.experts, shape.hidden + more, shape.inter + more

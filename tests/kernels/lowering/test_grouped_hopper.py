@@ -31,6 +31,7 @@ def _lower(
     zero: str | None = None,
     bias: bool = False,
     scatter: bool = False,
+    act_quant: bool = False,
 ) -> Lowered:
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
@@ -49,6 +50,7 @@ def _lower(
         "SCATTER": scatter,
         "GROUP": group,
         "WHOLE_STEPS": True,
+        "ACT_QUANT": act_quant,
         "GATE": gate,
         "ACT": act,
         "WARPS": plan.num_warps,
@@ -87,6 +89,8 @@ def test_every_tile_as_the_first_product_and_as_the_second(plan):
         (dict(dtype="fp16", act="gelu_tanh"), 4.5),
         (dict(gate="none", act="relu2", group=32), 3.5),
         (dict(zero="fp16"), 4.5),
+        (dict(act_quant=True), 3.5),
+        (dict(act_quant=True, gate="interleaved", group=32, zero="fp16"), 4.5),
     ],
     ids=str,
 )
