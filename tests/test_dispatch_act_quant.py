@@ -21,7 +21,15 @@ from w4tensor.dispatch_act_quant import (
     plan_act_quant,
 )
 from w4tensor.dispatch_hopper import hopper_us, plan_hopper, serves
-from w4tensor.dispatch_int8 import TILES, Int8Plan, int8_us, is_fine, plan_int8, serves_int8
+from w4tensor.dispatch_int8 import (
+    TILES,
+    Int8Plan,
+    int8_us,
+    is_fine,
+    plan_int8,
+    quantizing_overlaps,
+    serves_int8,
+)
 from w4tensor.testing import DENSE_SHAPES
 
 ARCHS = [
@@ -128,6 +136,28 @@ def test_others_are_rounded_where_that_is_faster(groups):
         at = replace(p, m=m)
         tile = int8_us(at, H200) <= hopper_us(at, H200)
         assert type(plan_act_quant(at, H200)) is (Int8Plan if tile else ActQuantHopperPlan)
+
+
+@pytest.mark.parametrize(
+    "n,k,act,m,overlap",
+    [
+        (8192, 4096, 32, 64, True),
+        (8192, 8192, 32, 64, False),
+        (8192, 8192, 128, 2, False),
+        (8192, 8192, 32, 65, True),
+        (8192, 8192, -1, 64, True),
+        (8192, 4096, -1, 63, True),
+        (8192, 4096, -1, 64, False),
+        (8192, 4096, -1, 256, False),
+        (8192, 4096, -1, 257, True),
+        (28672, 4096, -1, 128, True),
+    ],
+)
+def test_products_that_wait_until_activations_are_quantised(n, k, act, m, overlap):
+    p = Problem(m=m, n=n, k=k, group_size=128, act="int8", act_group_size=act)
+    assert quantizing_overlaps(p) is overlap
+    plan = plan_act_quant(p, H200)
+    assert isinstance(plan, (Int8Plan, ActQuantHopperPlan)) and plan.overlap is overlap
 
 
 def test_long_prompts_with_a_scale_a_token_are_not_rounded():

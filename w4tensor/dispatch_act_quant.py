@@ -28,7 +28,14 @@ from w4tensor.dispatch import (
     workspace_rows,
 )
 from w4tensor.dispatch_hopper import HopperPlan, hopper_us, plan_hopper, serves
-from w4tensor.dispatch_int8 import Int8Plan, int8_us, is_fine, plan_int8, serves_int8
+from w4tensor.dispatch_int8 import (
+    Int8Plan,
+    int8_us,
+    is_fine,
+    plan_int8,
+    quantizing_overlaps,
+    serves_int8,
+)
 
 __all__ = [
     "ActQuantDecodePlan",
@@ -125,9 +132,14 @@ class ActQuantGemmPlan:
 
 @dataclass(frozen=True, slots=True)
 class ActQuantHopperPlan:
-    """One launch of kernels/gemm_hopper.py on x rounded to its codes, in word order."""
+    """One launch of kernels/gemm_hopper.py on x rounded to its codes, in word order.
+
+    Fields:
+        overlap: start while x is still being rounded, where `gemm` starts early at all.
+    """
 
     gemm: HopperPlan
+    overlap: bool = True
 
     @property
     def name(self) -> str:
@@ -175,7 +187,7 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
     if p.batch > 1 or not (is_fine(p) or serves_int8(p, arch)):
         return None
     if serves(p, arch) and p.m < DEQUANT_FROM_M:
-        return ActQuantHopperPlan(plan_hopper(p, arch))
+        return ActQuantHopperPlan(plan_hopper(p, arch), quantizing_overlaps(p))
     return ActQuantRoundedPlan(rows=workspace_rows(p)) if p.m >= ROUNDED_FROM_M else None
 
 

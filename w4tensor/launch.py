@@ -297,11 +297,11 @@ def act_quant_linear(
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     bias = None if bias is None else bias.contiguous()
     if isinstance(plan, ActQuantHopperPlan):
-        gemm = plan.gemm
+        gemm, overlap = plan.gemm, plan.overlap
 
         def rounded(x: Tensor) -> Tensor:
-            x = x.view(1, m, k)
-            return round_activation(x, act_group_size, word_order=True, pdl=gemm.pdl)[0]
+            early = dict(pdl=gemm.pdl, overlap=overlap)
+            return round_activation(x.view(1, m, k), act_group_size, word_order=True, **early)[0]
 
         operands = qdata, scale, zero_point, bias, y.view(m, n)
         multiply = gemm_hopper(rounded(x3), *operands, group_size, gemm)
@@ -318,8 +318,8 @@ def act_quant_linear(
         q = ACT_QUANT.unpack(qdata, k)
         return reference.act_quant_linear(x, q, scale, zero_point, act_group_size, bias)
     sum_group_size = None if symmetric else group_size
-    pdl = getattr(plan, "pdl", False)
-    codes, x_scale, x_sum = quantize_codes(x3, act_group_size, sum_group_size, pdl=pdl)
+    early = dict(pdl=getattr(plan, "pdl", False), overlap=getattr(plan, "overlap", True))
+    codes, x_scale, x_sum = quantize_codes(x3, act_group_size, sum_group_size, **early)
     run(
         codes,
         x_scale,

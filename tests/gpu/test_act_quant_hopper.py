@@ -6,7 +6,7 @@ partial sums are NaN beforehand (test_linear.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -91,7 +91,8 @@ def run(plan, x, w, bias=None, dtype=None):
     """y [M, N] by `plan`, which starts as NaN."""
     y = torch.empty(1, len(x), len(w), device="cuda", dtype=dtype or x.dtype)
     sums = None if w.zero_point is None else w.group_size
-    quantized = quantize_activation(x[None], w.act_group_size, sums, pdl=plan.pdl)
+    early = dict(pdl=plan.pdl, overlap=plan.overlap)
+    quantized = quantize_activation(x[None], w.act_group_size, sums, **early)
     weight = w.qdata[None], w.scale[None], None if w.zero_point is None else w.zero_point[None]
     act_quant_hopper(*quantized, *weight, bias, y, w.group_size, w.act_group_size, plan)
     return y[0]
@@ -155,8 +156,9 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
     for split in SPLITS:
         expected = chain(plan_of(tile, split))
         assert expected.isfinite().all()
-        for _ in range(5):
-            assert torch.equal(chain(plan_of(tile, split, pdl=True)), expected), split
+        for overlap in (True, False) * 3:
+            plan = replace(plan_of(tile, split, pdl=True), overlap=overlap)
+            assert torch.equal(chain(plan), expected), (split, overlap)
 
 
 def test_nan_and_zero_tokens_stay_by_themselves():

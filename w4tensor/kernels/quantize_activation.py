@@ -51,10 +51,12 @@ def _quantize_kernel(
     # of what is stored; K is then padded to whole blocks
     WORD_ORDER: tl.constexpr,
     PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ASM: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP:
         # the product may start now, and waits for the end of this kernel before it reads codes
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -127,6 +129,7 @@ def quantize_activation(
     sum_group_size: int | None = None,
     silu_mul: bool = False,
     pdl: bool = False,
+    overlap: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [E, M, K] -> codes int8 [E, M, padded_k(K)], scale [E, groups, M], sums or None.
 
@@ -134,7 +137,8 @@ def quantize_activation(
         fp32 [E, K / sum_group_size, M]: what the activations of each weight group, codes times
         scale, add up to; with act_group_size -1, what their codes alone add up to.
     silu_mul: x is [E, M, 2 K], and silu(first half) * second half is what is quantised.
-    pdl: let a product that is launched dependently begin before this kernel is done.
+    pdl: start under programmatic dependent launch. overlap: let a product that is launched so begin
+        before this kernel is done.
     """
     e, m, width = x.shape
     k = width // 2 if silu_mul else width
@@ -147,7 +151,7 @@ def quantize_activation(
     if sum_group_size is not None:
         n_sums = k // sum_group_size
         sums = torch.empty(e, n_sums, stride, dtype=torch.float32, device=x.device)
-    _launch(x, codes, scale, sums, act_group_size, sum_group_size, silu_mul, pdl)
+    _launch(x, codes, scale, sums, act_group_size, sum_group_size, silu_mul, pdl, overlap)
     return codes, scale[..., :m], None if sums is None else sums[..., :m]
 
 
@@ -157,17 +161,18 @@ def round_activation(
     silu_mul: bool = False,
     word_order: bool = False,
     pdl: bool = False,
+    overlap: bool = True,
 ) -> Tensor:
     """x [E, M, K] -> [E, M, K]: what its codes mean, rounded to x's dtype, bf16 for fp32.
 
     word_order: -> [E, M, padded_k(K)] in the order that kernels/unpack_act_quant.py calls so.
-    silu_mul, pdl: as in quantize_activation.
+    silu_mul, pdl, overlap: as in quantize_activation.
     """
     e, m, width = x.shape
     k = width // 2 if silu_mul else width
     dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     out = torch.empty(e, m, padded_k(k) if word_order else k, dtype=dtype, device=x.device)
-    _launch(x, out, None, None, act_group_size, None, silu_mul, pdl, word_order)
+    _launch(x, out, None, None, act_group_size, None, silu_mul, pdl, overlap, word_order)
     return out
 
 
@@ -183,6 +188,7 @@ def _launch(
     sum_group_size: int | None,
     silu_mul: bool,
     pdl: bool,
+    overlap: bool,
     word_order: bool = False,
 ) -> None:
     e, m, width = x.shape
@@ -217,6 +223,7 @@ def _launch(
         SILU_MUL=silu_mul,
         WORD_ORDER=word_order,
         PDL=pdl,
+        OVERLAP=pdl and overlap,
         ASM=use_asm(),
         num_warps=min(16, max(1, block // 256)),
         **({"launch_pdl": True} if pdl else {}),

@@ -328,7 +328,7 @@ def test_int8_block(act_group_size, plan):
     assert rel_err(y, exact) < MOE_REL_ERR_BUDGET
 
 
-def in_order(x, act_group_size, silu_mul=False, word_order=False, pdl=False):
+def in_order(x, act_group_size, silu_mul=False, word_order=False, pdl=False, overlap=True):
     """What round_activation would give, were it not to round."""
     if not word_order:
         return x

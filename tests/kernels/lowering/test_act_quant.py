@@ -240,7 +240,7 @@ def test_the_wrong_order_would_be_seen():
 
 def test_quantizing_divides_as_ieee_does():
     constants = dict(BLOCK=1024, GROUP=32, SUM_GROUP=128, PER_TOKEN=False, SILU_MUL=True)
-    constants |= dict(WORD_ORDER=False, PDL=True, ASM=True)
+    constants |= dict(WORD_ORDER=False, PDL=True, OVERLAP=True, ASM=True)
     types = signature(_quantize_kernel, x_ptr="*bf16", out_ptr="*i8", sum_ptr="*fp32")
     types["scale_ptr"] = "*fp32"
     types |= dict.fromkeys(constants, "constexpr")
@@ -253,7 +253,7 @@ def test_quantizing_divides_as_ieee_does():
 def test_quantizing_divides_once_a_group():
     """And not once an activation: that would be three times the instructions."""
     constants = dict(BLOCK=1024, GROUP=32, SUM_GROUP=None, PER_TOKEN=False, SILU_MUL=False)
-    constants |= dict(WORD_ORDER=False, PDL=True, ASM=True, sum_ptr=None)
+    constants |= dict(WORD_ORDER=False, PDL=True, OVERLAP=True, ASM=True, sum_ptr=None)
     types = signature(_quantize_kernel, x_ptr="*bf16", out_ptr="*i8", scale_ptr="*fp32")
     code = lower(_quantize_kernel, types, constants, num_warps=4, unaligned=("M", "n_groups"))
     # a group's scale, and its reciprocal: each a fast path and the call of a slow one
@@ -263,7 +263,7 @@ def test_quantizing_divides_once_a_group():
 @pytest.mark.parametrize("group", [32, 64, 128, 1024])
 def test_word_order_is_stored_by_16_bytes(group):
     constants = dict(BLOCK=1024, GROUP=group, SUM_GROUP=None, PER_TOKEN=group == 1024)
-    constants |= dict(SILU_MUL=False, WORD_ORDER=True, PDL=True, ASM=True)
+    constants |= dict(SILU_MUL=False, WORD_ORDER=True, PDL=True, OVERLAP=True, ASM=True)
     constants |= dict(scale_ptr=None, sum_ptr=None)
     types = signature(_quantize_kernel, x_ptr="*bf16", out_ptr="*bf16")
     unaligned = ("M", "n_groups", "n_sum_groups")
