@@ -57,6 +57,9 @@ ROUNDED_FROM_M = 128
 # 8192, 8 tokens, groups of 32: 15.6 us and 16.2 rounded; per token, 32 tokens: 16.8 and 19)
 TILE_FINE_MAX_M = 8
 TILE_MAX_M = 32
+# tokens from which int8 tiles may be faster again where these have a scale for each 128 k (6144 x
+# 4096: 256 tokens 32 us, rounded 25; 512 tokens 38 us, rounded 44)
+TILE_WIDE_MIN_M = 512
 # what cells of 32 k leave room for in the registers of 256 threads
 FINE_BLOCK_M = 64
 
@@ -194,6 +197,8 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
 def _rounding_is_slower(p: Problem, arch: Arch) -> bool:
     if p.m <= (TILE_FINE_MAX_M if is_fine(p) else TILE_MAX_M):
         return True
+    if p.act_group_size != -1 and p.m < TILE_WIDE_MIN_M:
+        return False
     return not serves(p, arch) or int8_us(p, arch) <= hopper_us(p, arch)
 
 

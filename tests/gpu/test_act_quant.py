@@ -49,7 +49,7 @@ def check(m, n, k, group_size, act_group_size, zero, dtype=torch.bfloat16, bias=
         budget = max(budget, torch.finfo(dtype).eps / 2)
     expected = definition(x, w, b)
     rounds = isinstance(dispatch.plan(problem_of(w, m), arch.current(0)), ActQuantHopperPlan)
-    if rounds and y.numel() < 1024:
+    if rounds:
         # nor those of the operands, which this kernel rounds: the root mean square of so many is
         # known to one in sqrt(2 numel)
         spread = 1 + 3 / (2 * y.numel()) ** 0.5
@@ -117,18 +117,16 @@ def test_activation_codes_are_the_definition_bit_for_bit(act_group_size, k, dtyp
 
 
 @pytest.mark.parametrize("act_group_size", [32, -1])
-@pytest.mark.parametrize("largest", [1e-44, 1e-38, 1e-30, 2.0**-60, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("largest", [1e-42, 1e-38, 1e-30, 2.0**-60, 1.0, 1e30, 3e38])
 def test_codes_next_to_borders_of_rounding_and_of_the_range(largest, act_group_size):
     halves = torch.randint(-127, 127, (64, 1024), device="cuda") + 0.5
     largest = largest * (1 - torch.rand(64, 1, device="cuda") / 2)
-    x = (halves / 127).double() * largest.double()
-    x[:, ::32] = largest.double()
-    x = x.float()
+    x = (halves / 127 * largest.double()).float()
     # the float that is nearest to a border, and those beside it
-    x = (
-        x.view(torch.int32) + torch.randint(-1, 2, x.shape, device="cuda", dtype=torch.int32)
-    ).view(torch.float32)
+    bits = x.view(torch.int32)
+    bits += torch.randint(-1, 2, x.shape, device="cuda", dtype=torch.int32)
     x[:, ::32] = largest
+    assert x.isfinite().all()
     codes, scale = torch.ops.w4tensor.quantize_activation(x, act_group_size)
     want = reference.quantize_activation(x, act_group_size)
     assert torch.equal(codes, want[0]) and torch.equal(scale, want[1])
