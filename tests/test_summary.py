@@ -100,6 +100,18 @@ def test_with_a_device_each_token_count_names_its_kernel(config, dtype, monkeypa
     assert rows(model, "cpu")["0.weight"].kernels == ("reference",) * len(TOKENS)
 
 
+def test_says_where_int8_activations_do_not_pay(monkeypatch):
+    monkeypatch.setattr(arch, "current", lambda index=None: H200)
+
+    def note(config):
+        model = nn.Sequential(nn.Linear(4096, 28672, dtype=torch.bfloat16))
+        quantize_(model, config)
+        return w4tensor.summary(model).rows[0].note
+
+    assert note(W4ActQuantConfig()) == "W4A16 would be faster at M=16, M=256, M=4096"
+    assert note(W4ActQuantConfig(act_group_size=-1)) == note(W4CoalescedConfig()) == ""
+
+
 def test_the_problem_is_that_of_the_weight():
     case = Case(CLASSES[0], n=24, k=256, group_size=64, stack=(3,), zero="integer")
     problem = problem_of(case.weight(), 5, torch.float16)

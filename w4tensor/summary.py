@@ -26,7 +26,8 @@ class Row:
         name: of the parameter. kind: its tensor class, or its module's where it is plain.
         shape: as the model sees it. bytes_before: in its dtype; bytes_after: as it is held.
         kernels: which kernel serves M = 1, 16, 256, 4096; empty where nothing was quantised.
-        note: why it was left alone; of experts, what multiplies by them, and why.
+        note: why it was left alone; of experts, what multiplies by them, and why; of int8
+            activations, where they cost more than they save.
     """
 
     name: str
@@ -111,6 +112,9 @@ def _row(full_name, module, name, weight, first, target) -> Row:
         kind = type(weight).__name__
         kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
         note = (hf_experts.path_of(module) if weight.ndim == 3 else None) or note
+        rounded = [f"M={m}" for m, name in zip(TOKENS, kernels, strict=True) if _is_rounded(name)]
+        if rounded:
+            note = f"W4A16 would be faster at {', '.join(rounded)}"
     elif not note and weight.ndim == 3 and any(re.fullmatch(e, full_name) for e in EXPERTS):
         note = "experts: with_experts(config) would quantise them"
     elif not note and not isinstance(module, nn.Linear):
@@ -132,6 +136,11 @@ def _kernel(weight: PackedInt4, m: int, target: dispatch.Arch | None) -> str:
     if target is None:
         return "reference"
     return dispatch.plan(problem_of(weight, m), target).name
+
+
+def _is_rounded(kernel: str) -> bool:
+    """Whether it is one of W4A16's, on activations that a launch before it has rounded."""
+    return kernel.startswith("rounded x")
 
 
 def problem_of(weight: PackedInt4, m: int, dtype: torch.dtype | None = None) -> dispatch.Problem:
