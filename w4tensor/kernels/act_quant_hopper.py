@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.gemm_hopper import add_parts, await_parts, inside, slice_at, tile_at
 from w4tensor.kernels.hopper_int8_loop import MINUS_8, accumulate_int8, layout_of_int8_sums
-from w4tensor.kernels.hopper_loop import barrier, descriptor, store
+from w4tensor.kernels.hopper_loop import barrier, descriptor, reinterpret, store
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack_act_quant import UNIT
 
@@ -126,7 +126,8 @@ def _act_quant_hopper_kernel(
         y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
     if y_desc is not None:
         # through the memory of x, which is not needed any more
-        ys = xs._reinterpret(y_desc.dtype, [BLOCK_M, BLOCK_N], y_desc.layout)
+        TILES: gl.constexpr = xs.shape[0] * 64 // BLOCK_N
+        ys = reinterpret(xs, y_desc.dtype, [TILES, BLOCK_M, BLOCK_N], y_desc.layout).index(0)
         barrier()
         ys.permute((1, 0)).store(y.to(y_desc.dtype))
         fence_async_shared()
@@ -180,8 +181,8 @@ def act_quant_hopper(
         # sums of 4 bytes and flags of 8 in one allocation
         parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
         flags = parts[sums:].view(torch.int64)
-    # in whole rows of the memory that x had
-    fits = plan.block_n * 2 <= plan.num_stages * step
+    # the memory that x had is that of so many tiles
+    fits = plan.num_stages * step // 2 % plan.block_n == 0
     if y.dtype in _GLUON and n % 8 == 0 and y.data_ptr() % 16 == 0 and fits:
         y_desc = descriptor(y, (m, n), n, (plan.block_m, plan.block_n), _GLUON[y.dtype])
 

@@ -206,7 +206,7 @@ def _scaled(
     STEP: gl.constexpr,
 ):
     """acc + the sums of a step, scaled."""
-    # cells of a weight group and of an activation group
+    # cells of a weight group
     WIDE: gl.constexpr = CELLS // len(scale)
     part = gl.full(acc.shape, 0.0, gl.float32, acc.type.layout)
     for c in gl.static_range(CELLS):
@@ -231,8 +231,8 @@ def _scaled(
 
 @gluon.jit
 def _fetch_words(w_desc, ws, full, stage, w_row, step, ok):
-    HALF: gl.constexpr = ws.shape[2]
-    load(w_desc, [w_row, step * HALF], full.index(stage), ws.index(stage), pred=ok)
+    WIDTH: gl.constexpr = ws.shape[2]
+    load(w_desc, [w_row, step * WIDTH], full.index(stage), ws.index(stage), pred=ok)
 
 
 @gluon.jit

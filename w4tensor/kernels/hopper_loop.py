@@ -46,10 +46,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.unpack import FP16_LIFT, join8, scaling_terms, unpack_by_terms
 
-# 3.7 renamed the first, 3.8 the others
+# 3.7 renamed the first, 3.8 the next two, 3.9 the last
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 # a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, of scale * 2**97 for
 # those in bits 4..7, and of scale * -2**-29: (q - 8) * scale * 2**-32, rounded once. As it stands
