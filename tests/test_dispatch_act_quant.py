@@ -129,11 +129,12 @@ def test_fine_scales_on_hopper(m, kind, groups):
 
 
 @pytest.mark.parametrize("groups", [(128, 128), (128, -1), (4096, -1), (256, 128)])
-def test_others_are_rounded_where_that_is_faster(groups):
-    p = replace(FINE, group_size=groups[0], act_group_size=groups[1])
+@pytest.mark.parametrize("n", [4096, 6144])
+def test_others_are_rounded_where_that_is_faster(groups, n):
+    p = replace(FINE, n=n, group_size=groups[0], act_group_size=groups[1])
     for m in range(2, TILE_MAX_M + 1):
         assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
-    for m in (33, 64, 128, 300, 1024, 4096):
+    for m in (33, 64, 128, 300, 511, 512, 1024, 4096):
         at = replace(p, m=m)
         tile = int8_us(at, H200) <= hopper_us(at, H200)
         tile &= groups[1] == -1 or m >= TILE_WIDE_MIN_M

@@ -11,7 +11,8 @@ from w4tensor import arch, launch, moe
 from w4tensor.dispatch import Arch, DecodePlan
 from w4tensor.dispatch_experts import GroupedPlan, HopperGroupedPlan
 from w4tensor.dispatch_hopper import HopperPlan
-from w4tensor.layout import COALESCED
+from w4tensor.dispatch_int8 import Int8Plan
+from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.testing import random_codes
 
 
@@ -60,6 +61,40 @@ def test_the_finer_groups_of_two_stacks_decide(plans, first, second, kind):
     ids, weight = torch.zeros(64, 2, dtype=torch.int64), torch.ones(64, 2)
     launch.experts(x, ids, weight, stack(256, first), stack(128, second), "halves", "silu")
     assert isinstance(plans[0].first, kind) and isinstance(plans[0].second, kind)
+
+
+@pytest.mark.parametrize(
+    "m,k,group,early",
+    [
+        # a tile of int8, and one of 16 bits on rounded x: each may start early, or loses by it
+        (4, 1024, 32, dict(pdl=True, overlap=True)),
+        (4, 8192, 32, dict(pdl=True, overlap=False)),
+        (4, 8192, -1, dict(pdl=True, overlap=True)),
+        (40, 1024, 32, dict(pdl=True, overlap=True)),
+        (40, 8192, 32, dict(pdl=True, overlap=False)),
+    ],
+)
+def test_activations_are_quantised_as_the_plan_says(plans, monkeypatch, m, k, group, early):
+    def quantise(x, act_group_size, sums=None, **options):
+        seen.update(options)
+        return x, None, None
+
+    def rounded(x, act_group_size, word_order, **options):
+        assert word_order and x.shape == (1, m, k)
+        seen.update(options)
+        return x
+
+    seen: dict = {}
+    monkeypatch.setattr(launch, "quantize_codes", quantise)
+    monkeypatch.setattr(launch, "round_activation", rounded)
+    monkeypatch.setitem(launch._ACT_QUANT_KERNELS, Int8Plan, lambda *operands: plans.append("int8"))
+    monkeypatch.setattr(launch, "gemm_hopper", lambda *operands: plans.append("rounded"))
+    codes = random_codes(64, k, group_size=128)
+    x = torch.randn(m, k, dtype=codes.scale.dtype)
+    weight = ACT_QUANT.pack(codes.q), codes.scale, None
+    y = launch.act_quant_linear(x, *weight, None, 128, group)
+    assert y.shape == (m, 64) and seen == early
+    assert plans == ["int8" if m <= 8 else "rounded"]
 
 
 def test_kernels_start_on_the_device_of_x(monkeypatch):

@@ -160,8 +160,8 @@ def _best(p: Problem, num_sms: int) -> tuple[Int8Tile, int, int]:
 def candidates(p: Problem, num_sms: int) -> Iterator[tuple[Int8Tile, int, int]]:
     """Tiles with as many slices as their K may have, and how many tiles are not cut."""
     for tile in TILES:
-        # no more than half of a tile may be empty
-        if tile.block_m >= 2 * max(p.m, 8) or (is_fine(p) and not tile.fine):
+        # no more than half of a tile may be empty: with fine scales, only tiles of 8 are left
+        if tile.block_m >= 2 * max(p.m, 8):
             continue
         # far too small, and not measured
         if tile.block_m < min(p.m, 64) / 2 or 8 * tile.block_m < min(p.m, 1024):
