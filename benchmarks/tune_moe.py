@@ -155,7 +155,8 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert
         mean = problem.rows_an_expert
-        tiles = TILES_OF_TOKENS
+        few = int8 and target.capability[0] != HOPPER
+        tiles = [m for m in TILES_OF_TOKENS if m <= INT8_MAX_TOKENS or not few]
         at = next((i for i, m in enumerate(tiles) if mean <= m), len(tiles) - 1)
         for block_m in tiles[max(0, at - 1) : at + 2]:
             first += grouped(block_m)

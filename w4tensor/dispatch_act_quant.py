@@ -8,7 +8,8 @@ no triton. Activations are quantised in a launch of their own, before any of:
     decode   up to 16 tokens: warps divide K, the matrix unit multiplies each cell
     gemm     more tokens: tiles of the matrix unit
 
-Where int8 tiles spend their time on scales, x is rounded to what its codes mean, in 16 bits, for
+Where int8 tiles spend their time on scales, or would be slower for another reason, x is rounded to
+what its codes mean, in 16 bits, for
 
     hopper   the tiles of dispatch_hopper.py, or where they do not serve or have lost their lead
     rounded  a library product with W dequantised, block by block
@@ -54,7 +55,8 @@ DP4A_MAX_M = 1
 # from here on, with scales finer than 128 k, the library's 16-bit product is faster than int8 tiles
 ROUNDED_FROM_M = 128
 # tokens up to which, on a Hopper, nothing is rounded: scales finer than 128 k, and others (8192 x
-# 8192, 8 tokens, groups of 32: 15.6 us and 16.2 rounded; per token, 32 tokens: 16.8 and 19)
+# 8192, groups of 32: 16.0 us for 8 tokens, and rounded 20.2 for 16 and 20.4 for 32; per token 17.7
+# for 32)
 TILE_FINE_MAX_M = 8
 TILE_MAX_M = 32
 # tokens from which int8 tiles may be faster again where these have a scale for each 128 k (6144 x
@@ -195,11 +197,11 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
 
 
 def _rounding_is_slower(p: Problem, arch: Arch) -> bool:
-    if p.m <= (TILE_FINE_MAX_M if is_fine(p) else TILE_MAX_M):
+    if p.m <= (TILE_FINE_MAX_M if is_fine(p) else TILE_MAX_M) or not serves(p, arch):
         return True
     if p.act_group_size != -1 and p.m < TILE_WIDE_MIN_M:
         return False
-    return not serves(p, arch) or int8_us(p, arch) <= hopper_us(p, arch)
+    return int8_us(p, arch) <= hopper_us(p, arch)
 
 
 def _dp4a_plan(p: Problem, arch: Arch) -> ActQuantDp4aPlan:

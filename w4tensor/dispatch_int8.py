@@ -5,8 +5,9 @@ as a tile's block_k, and the first to arrive is in START. Scales that change wit
 each sum: C128 us for 8192 of them and 128 k where tokens have a scale for each 128 k, C32 where
 scales of either side change within 128 k. That is why only tiles of few tokens serve the latter.
 
-The constants were fitted to times of five shapes (2048 x 4096, 4096 x 4096, 8192 x 8192, 28672 x
-4096, 4096 x 14336) at 2 to 4096 tokens on an H200, quantising included; what that takes is not in
+The constants were fitted to benchmarks/results/tune_int8.csv: five shapes, 2 to 4096 tokens, on an
+H200 with the kernel of commit c142bb5, quantising included, which was taken for 1.2 us and 1.2e-6 us
+an activation; what that takes is not in
 int8_us(), as it is paid for any kernel. There the choice of a tile takes 1.000 times the best
 measured one in the middle, 1.122 at 95 % and at most 1.348; what dispatch_act_quant.py chooses
 between tiles and rounding, 1.000, 1.083 and 1.149. No shape was left out of the fit.

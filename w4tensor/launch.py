@@ -264,8 +264,10 @@ def experts(
     inter = second.scale.shape[-1] * second.group_size
     if 0 in (*ids.shape, n_experts):
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    # tiles that refuse the finer groups refuse the block
-    group_size = min(first.group_size, second.group_size)
+    # tiles that refuse the finer groups refuse the block; a whole row may be less than the 16 that
+    # they refuse
+    group_sizes = first.group_size, second.group_size
+    group_size = 16 if 16 in group_sizes else min(group_sizes)
     sizes = n_experts, hidden, inter, group_size, first.act_group_size
     plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
     if plan is None:

@@ -8,7 +8,6 @@ Tiles, slices of K and the ordered sums of slices are those of gemm_hopper.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +18,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.gemm_hopper import add_parts, await_parts, inside, slice_at, tile_at
-from w4tensor.kernels.hopper_int8_loop import MINUS_8, accumulate_int8, layout_of_int8_sums
+from w4tensor.kernels.hopper_int8_loop import accumulate_int8, layout_of_int8_sums
 from w4tensor.kernels.hopper_loop import barrier, descriptor, reinterpret, store
 from w4tensor.kernels.launcher import Launcher
+from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _act_quant_hopper_kernel(
 
     y = acc * (1.0 / UNIT)
     if zero_ptr is not None and GROUP == 0:
-        zero = gl.load(zero_ptr + n, mask=n < N, other=0.0).to(gl.float32) - MINUS_8
+        zero = gl.load(zero_ptr + n, mask=n < N, other=0.0).to(gl.float32) - SYMMETRIC_ZERO_POINT
         scale = gl.load(scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
         x_sum = gl.load(x_sum_ptr + m, mask=m < M, other=0.0)
         y -= (zero * scale).expand_dims(1) * x_sum.expand_dims(0)
@@ -156,7 +156,7 @@ def act_quant_hopper(
     group_size: int,
     act_group_size: int,
     plan: Int8Plan,
-) -> Callable | None:
+) -> None:
     """y [1, M, N] from what quantize_activation gave and contiguous W [1, N, *].
 
     act_group_size: as x was quantised; -1 is per token. x_sum: None without zero_point, else made
@@ -197,7 +197,7 @@ def act_quant_hopper(
     if x_sum is not None and group:
         x_sum_desc = of_tokens(x_sum, group)
     words = qdata.view(torch.uint8)
-    return _launch_gemm(
+    _launch_gemm(
         (plan.whole + cut * split_k,),
         descriptor(x, (m, k_padded), k_padded, (plan.block_m, 128), gl.int8),
         x_scale_desc,

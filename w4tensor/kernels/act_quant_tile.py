@@ -1,4 +1,4 @@
-"""What act_quant_decode and act_quant_gemm do alike: the widths of sums, and the end of a tile."""
+"""What W4A8 kernels do alike: the widths of sums; and, of plain Triton, the end of a tile."""
 
 from __future__ import annotations
 

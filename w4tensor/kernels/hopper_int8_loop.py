@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from w4tensor.kernels.hopper_loop import barrier, load
+from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT
 
 _UNPACK = gl.constexpr("""{
@@ -34,7 +35,6 @@ _UNPACK = gl.constexpr("""{
     and.b32 $0, t, 0xF0F0F0F0;
     and.b32 $1, $2, 0xF0F0F0F0;
 }""")
-MINUS_8 = gl.constexpr(8.0)
 
 
 @gluon.constexpr_function
@@ -221,7 +221,7 @@ def _scaled(
             acc += part * scale[c // WIDE].expand_dims(1)
     if len(zero) > 0:
         for i in gl.static_range(len(zero)):
-            shift = (zero[i] - MINUS_8) * UNIT * scale[i]
+            shift = (zero[i] - SYMMETRIC_ZERO_POINT) * UNIT * scale[i]
             if GROUP > STEP:
                 # of a group longer than a step, in its first one
                 shift = gl.where(step % (GROUP // STEP) == 0, shift, 0.0)
