@@ -6,11 +6,11 @@ each sum: C128 us for 8192 of them and 128 k where tokens have a scale for each 
 scales of either side change within 128 k. That is why only tiles of few tokens serve the latter.
 
 The constants were fitted to benchmarks/results/tune_int8.csv: five shapes, 2 to 4096 tokens, on an
-H200 with the kernel of commit c142bb5, quantising included, which was taken for 1.2 us and 1.2e-6 us
-an activation; what that takes is not in
-int8_us(), as it is paid for any kernel. There the choice of a tile takes 1.000 times the best
-measured one in the middle, 1.122 at 95 % and at most 1.348; what dispatch_act_quant.py chooses
-between tiles and rounding, 1.000, 1.083 and 1.149. No shape was left out of the fit.
+H200 with the kernel of commit c142bb5. Those times include quantising, taken for 1.2 us and 1.2e-6
+us an activation, which int8_us() leaves out, as it is paid for any kernel. There the choice of a
+tile takes 1.000 times the best measured one in the middle, 1.122 at 95 % and at most 1.348; the
+choice between tiles and rounding, before dispatch_act_quant.py made exceptions, 1.000, 1.083 and
+1.149. No shape was left out of the fit.
 """
 
 from __future__ import annotations
