@@ -130,7 +130,11 @@ def _gemm_hopper_kernel(
     MORE: gl.constexpr = 0 if more_x_desc is None else more_x_desc.block_shape[0]
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    tile, k_slice, slices = slice_at(gl.program_id(0), whole, split_k)
+    tile = gl.program_id(0)
+    slices = 1
+    k_slice = 0
+    if part_ptr is not None:
+        tile, k_slice, slices = slice_at(tile, whole, split_k)
     n0, m0 = tile_at(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
     n0 *= BLOCK_N
     m0 *= BLOCK_M
