@@ -42,8 +42,8 @@ from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
 from w4tensor.kernels.act_quant_gemm import act_quant_gemm
-from w4tensor.kernels.act_quant_hopper import act_quant_hopper
 from w4tensor.kernels.act_quant_tile import cell_and_span
+from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.layout import ACT_QUANT
 from w4tensor.testing import Int4Codes, random_codes, rel_err
@@ -53,7 +53,7 @@ KERNELS = {
     ActQuantDp4aPlan: act_quant_dp4a,
     ActQuantDecodePlan: act_quant_decode,
     ActQuantGemmPlan: act_quant_gemm,
-    Int8Plan: act_quant_hopper,
+    Int8Plan: int8_hopper,
 }
 # against the definition in fp64: fp32 sums, and one rounding of x or none
 REL_ERR = {ActQuantRoundedPlan: 3e-3}

@@ -129,16 +129,32 @@ def test_fine_scales_on_hopper(m, kind, groups):
 
 
 @pytest.mark.parametrize("groups", [(128, 128), (128, -1), (4096, -1), (256, 128)])
-@pytest.mark.parametrize("n", [4096, 6144])
-def test_others_are_rounded_where_that_is_faster(groups, n):
-    p = replace(FINE, n=n, group_size=groups[0], act_group_size=groups[1])
+def test_few_tokens_with_coarse_scales_are_not_rounded(groups):
+    p = replace(FINE, group_size=groups[0], act_group_size=groups[1])
     for m in range(2, TILE_MAX_M + 1):
         assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
-    for m in (33, 64, 128, 300, 511, 512, 1024, 4096):
-        at = replace(p, m=m)
-        tile = int8_us(at, H200) <= hopper_us(at, H200)
-        tile &= groups[1] == -1 or m >= TILE_WIDE_MIN_M
-        assert type(plan_act_quant(at, H200)) is (Int8Plan if tile else ActQuantHopperPlan)
+
+
+@pytest.mark.parametrize(
+    "n,k,act,m,kind",
+    [
+        # what was faster on an H200; us by an int8 tile and rounded, where linear.csv has both
+        (6144, 4096, 128, 256, ActQuantHopperPlan),  # 32, 25
+        (6144, 4096, 128, TILE_WIDE_MIN_M - 1, ActQuantHopperPlan),
+        (6144, 4096, 128, TILE_WIDE_MIN_M, Int8Plan),  # 38, 44
+        (8192, 8192, 128, 33, ActQuantHopperPlan),
+        (6144, 4096, -1, 512, Int8Plan),  # 30, 44
+        (8192, 8192, -1, 64, Int8Plan),  # 22, 24
+        (28672, 4096, -1, 256, Int8Plan),  # 74, 88
+        (4096, 14336, -1, 4096, Int8Plan),  # 595, 739
+        (2048, 4096, -1, 128, ActQuantHopperPlan),
+    ],
+)
+def test_coarse_scales_are_rounded_where_that_is_faster(n, k, act, m, kind):
+    p = replace(FINE, n=n, k=k, m=m, act_group_size=act)
+    assert type(plan_act_quant(p, H200)) is kind
+    if kind is Int8Plan:
+        assert int8_us(p, H200) <= hopper_us(p, H200)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_the_finer_groups_of_two_stacks_decide(plans, first, second, kind):
     assert isinstance(plans[0].first, kind) and isinstance(plans[0].second, kind)
 
 
+def test_groups_of_16_are_not_hidden_by_shorter_rows(plans):
+    def stack(rows, k, group_size):
+        codes = random_codes(4, rows, k, group_size=group_size)
+        return COALESCED.pack(codes.q), codes.scale, codes.zero_point, group_size, None, None
+
+    x = torch.randn(64, 128, dtype=torch.bfloat16)
+    ids, weight = torch.zeros(64, 2, dtype=torch.int64), torch.ones(64, 2)
+    launch.experts(x, ids, weight, stack(16, 128, 16), stack(128, 8, 8), "halves", "silu")
+    assert isinstance(plans[0].first, GroupedPlan) and isinstance(plans[0].second, GroupedPlan)
+
+
 @pytest.mark.parametrize(
     "m,k,group,early",
     [

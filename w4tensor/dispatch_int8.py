@@ -1,4 +1,4 @@
-"""Tiles of kernels/act_quant_hopper.py, and which of them serves a problem: plan_int8(p, arch).
+"""Tiles of kernels/int8_hopper.py, and which of them serves a problem: plan_int8(p, arch).
 
 What dispatch_hopper.py says of its tiles holds for these, with fewer constants: steps are as long
 as a tile's block_k, and the first to arrive is in START. Scales that change within K cost more for
@@ -38,7 +38,7 @@ MIN_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class Int8Plan:
-    """One launch of kernels/act_quant_hopper.py.
+    """One launch of kernels/int8_hopper.py.
 
     Fields:
         block_m, block_n: tokens and rows of a program. block_k: k of a step, 128 or 256.

@@ -31,12 +31,12 @@ from w4tensor.kernels.act_quant_decode import act_quant_decode
 from w4tensor.kernels.act_quant_dequantize import act_quant_dequantize
 from w4tensor.kernels.act_quant_dp4a import act_quant_dp4a
 from w4tensor.kernels.act_quant_gemm import act_quant_gemm
-from w4tensor.kernels.act_quant_hopper import act_quant_hopper
 from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
 from w4tensor.kernels.hopper_loop import aligned_rows
+from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
@@ -342,7 +342,7 @@ _ACT_QUANT_KERNELS: dict[type, Callable] = {
     ActQuantDp4aPlan: act_quant_dp4a,
     ActQuantDecodePlan: act_quant_decode,
     ActQuantGemmPlan: act_quant_gemm,
-    Int8Plan: act_quant_hopper,
+    Int8Plan: int8_hopper,
 }
 
 

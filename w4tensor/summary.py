@@ -113,7 +113,7 @@ def _row(full_name, module, name, weight, first, target) -> Row:
         kernels = tuple(_kernel(weight, m, target) for m in TOKENS)
         note = (hf_experts.path_of(module) if weight.ndim == 3 else None) or note
         rounded = [f"M={m}" for m, name in zip(TOKENS, kernels, strict=True) if _is_rounded(name)]
-        if rounded:
+        if rounded and not note:
             note = f"W4A16 would be faster at {', '.join(rounded)}"
     elif not note and weight.ndim == 3 and any(re.fullmatch(e, full_name) for e in EXPERTS):
         note = "experts: with_experts(config) would quantise them"

@@ -11,12 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# 0x88888888: what makes q of the eight q - 8 of a word
+EIGHTS = tl.constexpr(-0x77777778)
+
 
 @triton.jit
 def unpackable(words, ASM: tl.constexpr):
     """ACT_QUANT words of any shape -> words for unpack()."""
     # q - 8 in two's complement is q with its highest bit turned
-    words = words ^ -0x77777778
+    words = words ^ EIGHTS
     if ASM:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1

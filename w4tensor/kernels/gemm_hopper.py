@@ -234,6 +234,22 @@ def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
     return first, block_m - first
 
 
+def memory_of_sums(
+    stored: int, size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory of `stored` sums of `size` numbers, and of their flags; uninitialised."""
+    if not stored:
+        return None, None
+    # sums of 4 bytes and flags of 8 in one allocation
+    parts = torch.empty(stored * size + 2 * stored, device=device, dtype=torch.float32)
+    return parts, parts[stored * size :].view(torch.int64)
+
+
+def token_of_launch() -> int:
+    """What announces a sum in this launch: odd and of 8 bytes, for Triton to specialise once."""
+    return random.getrandbits(60) | 1 << 61 | 1
+
+
 # of a thread, for tiles of (tokens, rows) that are slices of K, whose weights are unpacked in the
 # shortest way with a scale a step: then six programs, some of the next launch, share a
 # multiprocessor (4096 x 14336, 8 tokens: 15 us, not 18). Tiles that are not cut lose by it (57344 x
@@ -270,7 +286,6 @@ def gemm_hopper(
     cut = tiles - plan.whole
     # slices whose sums are stored
     stored = cut * (split_k - 1)
-    sums = stored * plan.block_m * plan.block_n
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     first, second = runs_of_tokens(plan.block_m, m)
     tile = plan.block_m, plan.block_n
@@ -281,11 +296,7 @@ def gemm_hopper(
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
 
     def operands(x, words, scale, zero_point, bias, y) -> tuple:
-        parts = flags = None
-        if stored:
-            # sums of 4 bytes and flags of 8 in one allocation
-            parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
-            flags = parts[sums:].view(torch.int64)
+        parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
 
         def of_x(tokens: int) -> TensorDescriptor | None:
             return descriptor(x, (m, k), row, (tokens, 128), dtype) if tokens else None
@@ -306,8 +317,7 @@ def gemm_hopper(
             bias,
             parts,
             flags,
-            # odd and of 8 bytes: one specialisation
-            random.getrandbits(60) | 1 << 61 | 1,
+            token_of_launch(),
         )
 
     again = _launch_gemm.again(

@@ -27,14 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from w4tensor.kernels.hopper_loop import barrier, load
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
-from w4tensor.kernels.unpack_act_quant import UNIT
-
-_UNPACK = gl.constexpr("""{
-    .reg .b32 t;
-    shl.b32 t, $2, 4;
-    and.b32 $0, t, 0xF0F0F0F0;
-    and.b32 $1, $2, 0xF0F0F0F0;
-}""")
+from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, unpack_bytes
 
 
 @gluon.constexpr_function
@@ -60,13 +53,8 @@ def _layout_of_bytes(rows, step, warps):
 @gluon.jit
 def _operands(words, CELLS: gl.constexpr, OPERAND: gl.constexpr):
     """Bytes [BN, STEP / 2] -> weights int8 [BN, STEP / CELLS] of each cell."""
-    BN: gl.constexpr = words.shape[0]
-    STEP: gl.constexpr = words.shape[1] * 2
-    low, high = gl.inline_asm_elementwise(
-        _UNPACK, "=r,=r,r", [words], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-    )
-    z = gl.join(low, high).reshape(BN, STEP // 32, 16, 2).permute(0, 1, 3, 2)
-    return _cells(z.reshape(BN, STEP), CELLS, OPERAND)
+    low, high = unpack_bytes(words, True)
+    return _cells(join_halves(low, high, 4), CELLS, OPERAND)
 
 
 @gluon.jit
@@ -229,6 +217,12 @@ def _scaled(
     return acc
 
 
+@gluon.constexpr_function
+def _groups_fetched(act_group, sums, group):
+    """Widths of the groups of what _fetch_x() brings: of codes, scales and sums."""
+    return (0,) + ((act_group,) if act_group else ()) + ((group,) if sums else ())
+
+
 @gluon.jit
 def _fetch_words(w_desc, ws, full, stage, w_row, step, ok):
     WIDTH: gl.constexpr = ws.shape[2]
@@ -245,30 +239,15 @@ def _fetch_tokens(
 
 @gluon.jit
 def _fetch_x(
-    x_desc,
-    x_scale_desc,
-    x_sum_desc,
-    xs,
-    x_scales,
-    x_sums,
-    full,
-    stage,
-    x_row,
-    step,
-    ok,
-    GROUP: gl.constexpr,
-    ACT_GROUP: gl.constexpr,
-    STEP: gl.constexpr,
+    descs, memories, full, stage, x_row, step, ok, GROUPS: gl.constexpr, STEP: gl.constexpr
 ):
-    """Codes of a step, and the scales and sums of its groups."""
+    """Codes of a step, then what its groups have, of each further descriptor."""
     BLOCKS: gl.constexpr = STEP // 128
     for block in gl.static_range(BLOCKS):
-        memory = xs.index(stage * BLOCKS + block)
-        load(x_desc, [x_row, (step * BLOCKS + block) * 128], full.index(stage), memory, pred=ok)
-    if x_scale_desc is not None:
-        _fetch_tokens(x_scale_desc, x_scales, full, stage, x_row, step, ok, ACT_GROUP, STEP)
-    if x_sum_desc is not None:
-        _fetch_tokens(x_sum_desc, x_sums, full, stage, x_row, step, ok, GROUP, STEP)
+        memory = memories[0].index(stage * BLOCKS + block)
+        load(descs[0], [x_row, (step * BLOCKS + block) * 128], full.index(stage), memory, pred=ok)
+    for i in gl.static_range(1, len(descs)):
+        _fetch_tokens(descs[i], memories[i], full, stage, x_row, step, ok, GROUPS[i], STEP)
 
 
 @gluon.jit
@@ -311,18 +290,24 @@ def accumulate_int8(
     WORDS: gl.constexpr = _layout_of_bytes(BLOCK_N, STEP, WARPS)
     SCALES: gl.constexpr = 0 if x_scale_desc is None else x_scale_desc.block_shape[0]
     SUMS: gl.constexpr = 0 if x_sum_desc is None else x_sum_desc.block_shape[0]
+    GROUPS: gl.constexpr = _groups_fetched(ACT_GROUP, SUMS > 0, GROUP)
     BYTES: gl.constexpr = BLOCK_M * (STEP + 4 * SCALES + 4 * SUMS) + BLOCK_N * STEP // 2
 
     xs = gl.allocate_shared_memory(gl.int8, [STAGES * STEP // 128, BLOCK_M, 128], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, STEP // 2], w_desc.layout)
-    x_scales = None
+    # what is fetched with x, and the width of its groups
+    descs = (x_desc,)
+    memories = (xs,)
     if x_scale_desc is not None:
         x_scales = gl.allocate_shared_memory(
             gl.float32, [STAGES, SCALES, BLOCK_M], x_scale_desc.layout
         )
-    x_sums = None
+        descs += (x_scale_desc,)
+        memories += (x_scales,)
     if x_sum_desc is not None:
         x_sums = gl.allocate_shared_memory(gl.float32, [STAGES, SUMS, BLOCK_M], x_sum_desc.layout)
+        descs += (x_sum_desc,)
+        memories += (x_sums,)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
@@ -341,22 +326,7 @@ def accumulate_int8(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for s in gl.static_range(STAGES):
-        _fetch_x(
-            x_desc,
-            x_scale_desc,
-            x_sum_desc,
-            xs,
-            x_scales,
-            x_sums,
-            full,
-            s,
-            x_row,
-            begin + s,
-            begin + s < end,
-            GROUP,
-            ACT_GROUP,
-            STEP,
-        )
+        _fetch_x(descs, memories, full, s, x_row, begin + s, begin + s < end, GROUPS, STEP)
 
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     none = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, ACC)
@@ -385,22 +355,7 @@ def accumulate_int8(
         ahead = step + STAGES
         mbarrier.expect(full.index(stage), BYTES, pred=ahead < end)
         _fetch_words(w_desc, ws, full, stage, w_row, ahead, ahead < end)
-        _fetch_x(
-            x_desc,
-            x_scale_desc,
-            x_sum_desc,
-            xs,
-            x_scales,
-            x_sums,
-            full,
-            stage,
-            x_row,
-            ahead,
-            ahead < end,
-            GROUP,
-            ACT_GROUP,
-            STEP,
-        )
+        _fetch_x(descs, memories, full, stage, x_row, ahead, ahead < end, GROUPS, STEP)
         stage += 1
         if stage == STAGES:
             stage = 0

@@ -44,6 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from w4tensor.kernels.act_quant_words import EIGHTS
 from w4tensor.kernels.unpack import FP16_LIFT, join8, scaling_terms, unpack_by_terms
 
 # 3.7 renamed the first, 3.8 the next two, 3.9 the last
@@ -77,8 +78,6 @@ def _unpacking(low: str, high: str) -> gl.constexpr:
 
 _UNPACK = _unpacking("0", "0")
 _UNPACK_MINUS_8 = _unpacking("0x00080008", "0x00800080")
-# 0x88888888: what makes q of the eight q - 8 of a word
-_EIGHTS = gl.constexpr(-0x77777778)
 _UNPACK_REGISTERS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r")
 _SCALES = gl.constexpr("""{
     .reg .b32 s, low, high, minus_8;
@@ -243,7 +242,7 @@ def _operand(
         )
     else:
         if ACT_QUANT:
-            words = words ^ _EIGHTS
+            words = words ^ EIGHTS
         e0, e1, e2, e3, e4, e5, e6, e7 = unpack_by_terms(words, terms, terms, DTYPE, True)
     # [BN, t, i, p, q', r]
     z = join8(e0, e1, e2, e3, e4, e5, e6, e7)

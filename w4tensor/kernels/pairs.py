@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from w4tensor.kernels.act_quant_words import unpackable
+from w4tensor.kernels.act_quant_words import EIGHTS, unpackable
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.groups import groups_of
 from w4tensor.kernels.launcher import Launcher
@@ -44,8 +44,6 @@ from w4tensor.layout import ACT_QUANT
 if TYPE_CHECKING:
     from w4tensor.dispatch_experts import PairsPlan
 
-# 0x88888888: what makes q of the eight q - 8 of a word
-EIGHTS = tl.constexpr(-0x77777778)
 # the columns of the smallest matrix instruction
 COLUMNS = tl.constexpr(8)
 

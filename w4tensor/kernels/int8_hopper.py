@@ -7,7 +7,6 @@ Tiles, slices of K and the ordered sums of slices are those of gemm_hopper.py.
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.act_quant_tile import cell_and_span
-from w4tensor.kernels.gemm_hopper import add_parts, await_parts, inside, slice_at, tile_at
+from w4tensor.kernels.gemm_hopper import (
+    add_parts,
+    await_parts,
+    inside,
+    memory_of_sums,
+    slice_at,
+    tile_at,
+    token_of_launch,
+)
 from w4tensor.kernels.hopper_int8_loop import accumulate_int8, layout_of_int8_sums
 from w4tensor.kernels.hopper_loop import barrier, descriptor, reinterpret, store
 from w4tensor.kernels.launcher import Launcher
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @gluon.jit(do_not_specialize=["token", "M", "steps", "whole", "split_k"])
-def _act_quant_hopper_kernel(
+def _int8_hopper_kernel(
     x_desc,
     x_scale_desc,
     x_sum_desc,
@@ -140,11 +147,11 @@ def _act_quant_hopper_kernel(
         gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-_launch_gemm = Launcher(_act_quant_hopper_kernel)
+_launch_gemm = Launcher(_int8_hopper_kernel)
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def act_quant_hopper(
+def int8_hopper(
     x: Tensor,
     x_scale: Tensor,
     x_sum: Tensor | None,
@@ -175,12 +182,8 @@ def act_quant_hopper(
     cut = tiles - plan.whole
     # slices whose sums are stored
     stored = cut * (split_k - 1)
-    sums = stored * plan.block_m * plan.block_n
-    parts = flags = y_desc = x_scale_desc = x_sum_desc = None
-    if stored:
-        # sums of 4 bytes and flags of 8 in one allocation
-        parts = torch.empty(sums + 2 * stored, device=x.device, dtype=torch.float32)
-        flags = parts[sums:].view(torch.int64)
+    parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
+    y_desc = x_scale_desc = x_sum_desc = None
     # the memory that x had is that of so many tiles
     fits = plan.num_stages * step // 2 % plan.block_n == 0
     if y.dtype in _GLUON and n % 8 == 0 and y.data_ptr() % 16 == 0 and fits:
@@ -212,8 +215,7 @@ def act_quant_hopper(
         bias,
         parts,
         flags,
-        # odd and of 8 bytes: one specialisation
-        random.getrandbits(60) | 1 << 61 | 1,
+        token_of_launch(),
         m,
         n,
         steps,

@@ -1,4 +1,4 @@
-"""kernels/act_quant_hopper.py, which no interpreter runs, against its definition.
+"""kernels/int8_hopper.py, which no interpreter runs, against its definition.
 
 Every tile with every number of slices; the weights differ in all that compiles apart. Outputs and
 partial sums are NaN beforehand (test_linear.py).
@@ -15,7 +15,7 @@ from tests.gpu.test_act_quant import definition
 from tests.gpu.test_linear import _poison, codes, needs_hopper, rel_err  # noqa: F401
 from w4tensor import Int4ActQuantTensor
 from w4tensor.dispatch_int8 import TILES, Int8Plan, Int8Tile
-from w4tensor.kernels.act_quant_hopper import act_quant_hopper
+from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation
 
 pytestmark = [pytest.mark.gpu, needs_hopper]
@@ -94,7 +94,7 @@ def run(plan, x, w, bias=None, dtype=None):
     early = dict(pdl=plan.pdl, overlap=plan.overlap)
     quantized = quantize_activation(x[None], w.act_group_size, sums, **early)
     weight = w.qdata[None], w.scale[None], None if w.zero_point is None else w.zero_point[None]
-    act_quant_hopper(*quantized, *weight, bias, y, w.group_size, w.act_group_size, plan)
+    int8_hopper(*quantized, *weight, bias, y, w.group_size, w.act_group_size, plan)
     return y[0]
 
 

@@ -1,4 +1,4 @@
-"""Machine code of kernels/act_quant_hopper.py: nothing spills, few instructions, full residency."""
+"""Machine code of kernels/int8_hopper.py: nothing spills, few instructions, full residency."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from triton.experimental.gluon import language as gl
 
 from tests.kernels.lowering.sass import Lowered, lower, messages
 from w4tensor.dispatch_int8 import TILES, Int8Tile
-from w4tensor.kernels.act_quant_hopper import _act_quant_hopper_kernel
 from w4tensor.kernels.act_quant_tile import cell_and_span
+from w4tensor.kernels.int8_hopper import _int8_hopper_kernel
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -56,12 +56,12 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
         scale_ptr="*bf16",
         token="i64",
     )
-    types = {n: types.get(n, "i32") for n in _act_quant_hopper_kernel.arg_names}
+    types = {n: types.get(n, "i32") for n in _int8_hopper_kernel.arg_names}
     constants |= dict(GROUP_N=8, GROUP=group, ACT_GROUP=act, CELL=cell_and_span(group, act)[0])
     constants |= dict(WHOLE_STEPS=whole, WARPS=tile.num_warps, STAGES=tile.num_stages, PDL=True)
     unaligned = tuple(name for name in types if name.endswith("_desc"))
     unaligned += ("token", "M", "steps", "n_groups", "whole", "split_k")
-    return lower(_act_quant_hopper_kernel, types, constants, tile.num_warps, unaligned=unaligned)
+    return lower(_int8_hopper_kernel, types, constants, tile.num_warps, unaligned=unaligned)
 
 
 def check(tile: Int8Tile, budget: float, **options) -> Lowered:
