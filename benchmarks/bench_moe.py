@@ -138,7 +138,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", default="", help="instead of each layer's own numbers")
     parser.add_argument(
         "--impl",
-        default="bf16,ours,ours-grouped,ours-batched,humming,humming-grouped",
+        default="bf16,w4tensor,w4tensor-grouped,w4tensor-batched,humming,humming-grouped",
         help=f"bf16 first; {', '.join(experts.EXPERTS)}",
     )
     parser.add_argument("--act", default="bf16", help=", ".join(peers.ACTS))

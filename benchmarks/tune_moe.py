@@ -38,6 +38,7 @@ from w4tensor.dispatch_experts import (
     ExpertsProblem,
     GroupedPlan,
     HopperGroupedPlan,
+    HopperInt8GroupedPlan,
     PairsPlan,
     plan_experts,
 )
@@ -54,7 +55,7 @@ from w4tensor.testing import (
     rel_err,
 )
 
-Plan = PairsPlan | GroupedPlan | HopperGroupedPlan | ActQuantGroupedPlan
+Plan = PairsPlan | GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
 # a plan of the first or the second product, or of the block
 Job = tuple[str, str, Plan | ExpertsPlan]
 # (microseconds, plan) of the first and of the second product, fastest first
@@ -115,7 +116,18 @@ def hopper_candidates(block_m: int) -> Iterator[HopperGroupedPlan]:
         # a warp has 16 or 32 rows
         if block_n < 16 * warps or sums > 128 or shared > SHARED_BYTES:
             continue
-        yield HopperGroupedPlan(block_m, block_n, warps, stages, pdl=False)
+        for narrow_m in _narrow_on_hopper(block_m):
+            yield HopperGroupedPlan(block_m, block_n, warps, stages, narrow_m, pdl=False)
+
+
+def hopper_int8_candidates(block_m: int) -> Iterator[HopperInt8GroupedPlan]:
+    for block_n, block_k, stages in itertools.product((64, 128), (128, 256), (3, 4)):
+        sums = block_m * block_n // 128
+        # two sets of sums, and the weights of a step
+        if sums > 64 or sums * block_k > 64 * 128:
+            continue
+        for narrow_m in _narrow_on_hopper(block_m):
+            yield HopperInt8GroupedPlan(block_m, block_n, block_k, 4, stages, narrow_m, pdl=False)
 
 
 def act_quant_candidates(block_m: int, kwidth: int) -> Iterator[ActQuantGroupedPlan]:
@@ -134,6 +146,10 @@ def _narrow(block_m: int) -> tuple[int, ...]:
     return (0, block_m // 4) if block_m >= 64 else (0,)
 
 
+def _narrow_on_hopper(block_m: int) -> tuple[int, ...]:
+    return {32: (0, 8), 64: (0, 16, 32), 128: (0, 32), 256: (0, 64)}.get(block_m, (0,))
+
+
 def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[Plan]]:
     """Plans of the first and of the second product."""
     kwidth = 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
@@ -142,6 +158,8 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     def grouped(block_m: int) -> Iterator[Plan]:
         if target.capability[0] == HOPPER:
             yield from hopper_candidates(block_m)
+            if int8:
+                yield from hopper_int8_candidates(block_m)
         elif not int8 or (block_m == 8 and kwidth == 4):
             yield from grouped_candidates(block_m, kwidth, problem.group_size % 128 != 0)
         if int8 and block_m <= INT8_MAX_TOKENS:

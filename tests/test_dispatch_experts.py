@@ -13,6 +13,7 @@ from w4tensor.dispatch_experts import (
     ExpertsPlan,
     ExpertsProblem,
     HopperGroupedPlan,
+    HopperInt8GroupedPlan,
     PairsPlan,
     plan_experts,
     plan_gathered,
@@ -28,15 +29,19 @@ ARCHS = (
     Arch(capability=(9, 0), num_sms=132, triton=(3, 9)),
 )
 
+# any, and those that the tensor memory accelerator reads
+WIDTHS = st.integers(1, 20000) | st.integers(1, 2500).map(lambda n: 8 * n)
+ACT_GROUPS = st.sampled_from([None, 32, 64, 128, -1])
+
 
 @given(
     tokens=st.integers(1, 10**6),
     top_k=st.integers(1, 20),
     experts=st.integers(1, 600),
-    hidden=st.integers(1, 20000),
-    inter=st.integers(1, 20000),
+    hidden=WIDTHS,
+    inter=WIDTHS,
     group_size=st.sampled_from([16, 32, 64, 128, 256, 300]),
-    act_group_size=st.sampled_from([None, 32, -1]),
+    act_group_size=ACT_GROUPS,
     arch=st.sampled_from(ARCHS),
 )
 def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **sizes):
@@ -49,10 +54,12 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
             assert part.slots <= max(1, problem.top_k)
         else:
             assert part.block_n % (16 * part.num_warps) == 0
-            assert isinstance(part, HopperGroupedPlan) or part.narrow_m < part.block_m
-        if isinstance(part, HopperGroupedPlan):
-            assert arch.capability[0] == 9 and act_group_size is None
+            assert part.narrow_m < part.block_m
+        if isinstance(part, (HopperGroupedPlan, HopperInt8GroupedPlan)):
+            assert arch.capability[0] == 9
             assert problem.hidden % 8 == problem.inter % 8 == 0 and problem.group_size != 16
+        if isinstance(part, HopperInt8GroupedPlan):
+            assert act_group_size in (128, -1) and problem.group_size >= 128
     if not isinstance(plan.first, PairsPlan):
         assert plan.first.block_m == plan.second.block_m
 
@@ -61,7 +68,7 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
     rows=st.integers(1, 10**6),
     experts=st.integers(1, 600),
     k=st.integers(1, 20000),
-    act_group_size=st.sampled_from([None, 32, -1]),
+    act_group_size=ACT_GROUPS,
     arch=st.sampled_from(ARCHS),
 )
 def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
@@ -81,6 +88,24 @@ def test_tiles_grow_with_the_rows_of_an_expert():
         plan_grouped(rows, 64, 2048, 128, H200).block_m for rows in (1, 64, 512, 2048, 8192, 65536)
     ]
     assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == 256
+
+
+@pytest.mark.parametrize(
+    "rows,group_size,act_group_size,int8",
+    [
+        (16, 128, -1, True),
+        (65536, 128, -1, True),
+        (640, 128, 128, True),
+        # each with scales that change within K too often for its rows
+        (65536, 128, 128, False),
+        (640, 64, -1, False),
+        (640, 128, 64, False),
+        (640, 128, 32, False),
+    ],
+)
+def test_int8_tiles_serve_coarse_scales(rows, group_size, act_group_size, int8):
+    plan = plan_grouped(rows, 64, 2048, group_size, H200, act_group_size)
+    assert isinstance(plan, HopperInt8GroupedPlan if int8 else HopperGroupedPlan)
 
 
 @pytest.mark.parametrize("shape", MOE_SHAPES, ids=lambda shape: shape.model)

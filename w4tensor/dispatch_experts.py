@@ -9,12 +9,13 @@ no triton. Two paths:
 The border is where the pairs of a token batch begin to share experts, so that reading an expert
 once pays for a sort and an ordered sum: REREADS. Where few rows share an expert's weights, their
 bytes decide: 16-bit kernels read either format of the weights, and where activations are promised
-to be int8, they multiply what the codes mean. On a Hopper that is so for any number of rows;
-elsewhere, from INT8_ROWS on, a tile of int8 rows is faster.
+to be int8, they multiply what the codes mean. Tiles of int8 rows are faster from INT8_ROWS on, or
+on a Hopper where scales are coarse.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ __all__ = [
     "ExpertsProblem",
     "GroupedPlan",
     "HopperGroupedPlan",
+    "HopperInt8GroupedPlan",
     "PairsPlan",
     "RowsPlan",
     "plan_experts",
@@ -46,18 +48,6 @@ PAIRS_WARPS = 8
 INT8_ROWS = 16
 # mean rows of an expert that is hit -> tokens of a tile
 ROWS_OF_TILE = ((4.0, 8), (9.0, 16), (24.0, 32), (96.0, 64))
-
-
-# the same for kernels/grouped_hopper.py -> tokens, rows of W, warps and stages of a tile: the best
-# on an H200 at 1.3 to 128 rows; wide tiles lose more to experts that end within one than they save
-HOPPER_ROWS = (
-    (6.0, (8, 128, 4, 4)),
-    (12.0, (16, 128, 4, 4)),
-    (28.0, (32, 128, 4, 4)),
-    (160.0, (64, 128, 4, 4)),
-    (400.0, (128, 128, 8, 3)),
-)
-HOPPER_MANY_ROWS = (256, 128, 8, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +131,33 @@ class HopperGroupedPlan:
     block_n: int
     num_warps: int
     num_stages: int
+    narrow_m: int = 0
     pdl: bool = True
 
     @property
     def name(self) -> str:
         return f"grouped {self.block_m}x{self.block_n}"
+
+
+@dataclass(frozen=True, slots=True)
+class HopperInt8GroupedPlan:
+    """One launch of kernels/grouped_int8_hopper.py, on sorted rows; fields as in GroupedPlan.
+
+    Fields:
+        block_k: k of a step, 128 or 256.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    narrow_m: int = 0
+    pdl: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"int8 grouped {self.block_m}x{self.block_n}x{self.block_k}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +177,31 @@ class ActQuantGroupedPlan:
         return f"int8 grouped {self.block_m}x{self.block_n}"
 
 
+# mean rows of an expert that is hit -> the best tile on an H200; wide tiles lose more to experts
+# that end within one than they save
+HOPPER_TILES = (
+    (6.0, HopperGroupedPlan(8, 128, 4, 4)),
+    (12.0, HopperGroupedPlan(16, 128, 4, 4)),
+    (28.0, HopperGroupedPlan(32, 128, 4, 4, narrow_m=8)),
+    (45.0, HopperGroupedPlan(64, 128, 4, 4, narrow_m=32)),
+    (100.0, HopperGroupedPlan(64, 128, 4, 4, narrow_m=16)),
+    (200.0, HopperGroupedPlan(128, 64, 4, 3, narrow_m=32)),
+    (math.inf, HopperGroupedPlan(256, 128, 8, 3, narrow_m=64)),
+)
+
+# the same of int8 tiles, where tokens have one scale each
+HOPPER_INT8_TILES = (
+    (3.0, HopperInt8GroupedPlan(8, 128, 256, 4, 3)),
+    (6.0, HopperInt8GroupedPlan(16, 64, 256, 4, 4)),
+    (11.0, HopperInt8GroupedPlan(16, 128, 256, 4, 3)),
+    (24.0, HopperInt8GroupedPlan(32, 64, 256, 4, 3, narrow_m=8)),
+    (40.0, HopperInt8GroupedPlan(32, 128, 128, 4, 4, narrow_m=8)),
+    (90.0, HopperInt8GroupedPlan(64, 64, 128, 4, 4, narrow_m=16)),
+    (math.inf, HopperInt8GroupedPlan(128, 64, 128, 4, 3, narrow_m=32)),
+)
+
 # of sorted rows
-RowsPlan = GroupedPlan | HopperGroupedPlan | ActQuantGroupedPlan
+RowsPlan = GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +304,9 @@ def _plan_grouped(
     # what the tensor memory accelerator reads, and scales that words have one of
     aligned = k_first % 8 == 0 and k_second % 8 == 0 and group_size != 16
     if hopper and aligned:
-        tile = next((tile for most, tile in HOPPER_ROWS if mean_rows <= most), HOPPER_MANY_ROWS)
-        return HopperGroupedPlan(*tile)
+        int8 = mean_rows <= _most_int8_rows(group_size, act_group_size)
+        tiles = HOPPER_INT8_TILES if int8 else HOPPER_TILES
+        return next(plan for most, plan in tiles if mean_rows <= most)
     block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)
     # wgmma, and every mma from some release on, takes k in its own order
     natural = (hopper and block_m >= 16) or arch.triton >= KWIDTH_2_EVERYWHERE
@@ -294,6 +330,14 @@ def _plan_grouped(
         num_stages=4 if block_m <= 16 else 3,
         narrow_m=_narrow(block_m) if hopper else 0,
     )
+
+
+def _most_int8_rows(group_size: int, act_group_size: int | None) -> float:
+    """Mean rows of an expert up to which int8 tiles beat 16-bit ones on rounded x, on an H200: each
+    change of scale within K costs an operation or more a sum."""
+    if act_group_size is None or 0 < act_group_size < 128 or group_size < 128:
+        return 0.0
+    return math.inf if act_group_size == -1 else 20.0
 
 
 def _narrow(block_m: int) -> int:

@@ -24,13 +24,16 @@ from w4tensor.dispatch_experts import (
     ExpertsPlan,
     GroupedPlan,
     HopperGroupedPlan,
+    HopperInt8GroupedPlan,
     PairsPlan,
     RowsPlan,
 )
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
+from w4tensor.kernels.gather import gather_rows
 from w4tensor.kernels.grouped import multiply_grouped
-from w4tensor.kernels.grouped_hopper import gather_rows, multiply_grouped_hopper
+from w4tensor.kernels.grouped_hopper import multiply_grouped_hopper
+from w4tensor.kernels.grouped_int8_hopper import multiply_grouped_int8_hopper
 from w4tensor.kernels.pairs import multiply_pairs, takes_word_order
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.kernels.routing import route, tiles_of
@@ -214,24 +217,25 @@ def _grouped(
         return multiply_grouped_hopper(
             x, order, tiles, *weights, y, stack.group_size, plan, **fused
         )
-    fused["x_div"] = x_div
     if isinstance(plan, GroupedPlan):
         x = _sixteen_bit(x, stack)
+        fused["x_div"] = x_div
         return multiply_grouped(x, order, tiles, *weights, y, stack.group_size, plan, **fused)
     act_group_size = stack.act_group_size
     assert act_group_size is not None, "these tiles are for int8 activations"
-    sums = None if stack.zero_point is None else stack.group_size
-    codes, scale, sum_ = quantize_activation(_rows(x)[None], act_group_size, sums)
+    sizes = stack.group_size, act_group_size
+    sum_group = None if stack.zero_point is None else stack.group_size
+    made = quantize_activation(_rows(x)[None], act_group_size, sum_group, pdl=plan.pdl)
+    codes, scale, sums = made[0][0], made[1][0], None if made[2] is None else made[2][0]
+    if isinstance(plan, HopperInt8GroupedPlan):
+        if x_div > 0:
+            assert order is not None, "rows as given are where they should be"
+            codes = gather_rows(codes, order, offs, x_div, plan.pdl)
+        fused |= dict(x_div=x_div, wait_for_tiles=order is None)
+        return multiply_grouped_int8_hopper(
+            codes, scale, sums, order, tiles, *weights, y, *sizes, plan, **fused
+        )
+    fused["x_div"] = x_div
     return multiply_act_quant_grouped(
-        codes[0],
-        scale[0],
-        None if sum_ is None else sum_[0],
-        order,
-        tiles,
-        *weights,
-        y,
-        stack.group_size,
-        act_group_size,
-        plan,
-        **fused,
+        codes, scale, sums, order, tiles, *weights, y, *sizes, plan, **fused
     )

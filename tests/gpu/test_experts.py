@@ -236,7 +236,7 @@ def test_the_operator_on_both_sides_of_each_border(blocks, name, act_group_size)
         assert torch.equal(y, again)
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
 def test_the_operator_takes_no_token_no_slot_and_fp32(blocks, act_group_size):
     block = blocks["qwen"]
     operands = block.operands(act_group_size)
@@ -253,7 +253,7 @@ def test_the_operator_takes_no_token_no_slot_and_fp32(blocks, act_group_size):
         assert_close(y, expected, act_group_size)
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
 @pytest.mark.parametrize("tokens", [1, 4, 40, 600])
 def test_the_operator_in_a_graph_whose_routing_changes(blocks, tokens, act_group_size):
     block, top_k = blocks["qwen"], 4
@@ -310,7 +310,7 @@ def test_indexed_weights_on_both_sides_of_each_border(blocks, act_group_size):
         assert rel_err(y, expected) < 3e-3
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
 def test_indexed_weights_give_zeros_for_ids_out_of_range(blocks, act_group_size):
     w = blocks["qwen"].tensors(act_group_size)[0]
     for rows in (0, 1, 5, 200):
@@ -318,7 +318,7 @@ def test_indexed_weights_give_zeros_for_ids_out_of_range(blocks, act_group_size)
         assert not torch.bmm(w[torch.full((rows,), 64, device="cuda")], x).any()
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
 @pytest.mark.parametrize("rows", [1, 8, 400])
 def test_indexed_weights_in_a_graph_whose_ids_change(blocks, rows, act_group_size):
     w = blocks["qwen"].tensors(act_group_size)[0]
@@ -415,7 +415,7 @@ def test_integers_are_exact(act_group_size):
         assert torch.equal(y, exact.to(y.dtype)), plan
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
 @pytest.mark.parametrize("rows", [1, 9, 64, 1000])
 def test_grouped_linear_is_grouped_mm(blocks, rows, act_group_size):
     block = blocks["qwen"]

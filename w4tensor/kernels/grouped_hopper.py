@@ -1,7 +1,7 @@
 """Many tokens on Hopper: rows sorted by expert, each tile of them times its expert's weights.
 
 What kernels/grouped.py does, by the loop of hopper_loop.py: x has to stand sorted in memory
-(gather_rows). W is COALESCED, or ACT_QUANT with x in word order.
+(kernels/gather.py). W is COALESCED, or ACT_QUANT with x in word order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,64 +30,82 @@ if TYPE_CHECKING:
 
     from w4tensor.dispatch_experts import HopperGroupedPlan
 
-# columns of x that a program of gather_rows copies
-GATHERED = 1024
 
-
-@triton.jit(do_not_specialize=["n_experts"])
-def _gather_kernel(
-    x_ptr,
+@gluon.jit
+def _tile(
+    x_desc,
+    w_desc,
     order_ptr,
-    offs_ptr,
-    out_ptr,
-    n_experts,
-    K,
-    stride_x,
-    X_DIV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    y_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    pid_n,
+    expert,
+    first,
+    end,
+    N,
+    E,
+    steps,
+    n_groups,
+    BLOCK_N: gl.constexpr,
+    SCATTER: gl.constexpr,
+    GROUP: gl.constexpr,
+    WHOLE_STEPS: gl.constexpr,
+    ACT_QUANT: gl.constexpr,
+    GATE: gl.constexpr,
+    ACT: gl.constexpr,
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # rows of sentinels are nobody's
-    if row < tl.load(offs_ptr + n_experts - 1):
-        x_row = tl.load(order_ptr + row).to(tl.int64) // X_DIV
-        tl.store(
-            out_ptr + row * K + k, tl.load(x_ptr + x_row * stride_x + k, mask=k < K), mask=k < K
+    """Rows first .. end - 1, no more than x_desc's block has, of an expert's columns pid_n."""
+    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+    # rows behind the last expert are zero
+    if expert < E:
+        n0 = pid_n * (BLOCK_N if GATE == "none" else BLOCK_N // 2)
+        # experts are rows of one long matrix
+        w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
+        i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+        sums, _ = accumulate(
+            (x_desc,),
+            (first,),
+            w_desc,
+            w_row,
+            w_row + N // 2,
+            expert.to(gl.int64) * N + tile_rows(pid_n, i, N, BLOCK_N, GATE),
+            scale_ptr,
+            zero_ptr,
+            n_groups,
+            0,
+            steps,
+            steps,
+            BLOCK_N,
+            GROUP,
+            WHOLE_STEPS,
+            ACT_QUANT,
+            GATE,
+            WARPS,
+            STAGES,
+            EARLY,
         )
-
-
-_launch_gather = Launcher(_gather_kernel)
-
-
-def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -> Tensor:
-    """x [T, K] -> [pairs, K]: row r is x[order[r] // x_div]; those from offs[-1] on are unset."""
-    k = x.shape[1]
-    out = torch.empty(order.numel(), k, device=x.device, dtype=x.dtype)
-    _launch_gather(
-        (order.numel(), -(-k // GATHERED)),
-        x,
-        order,
-        offs,
-        out,
-        offs.numel(),
-        k,
-        x.stride(0),
-        X_DIV=x_div,
-        BLOCK=GATHERED,
-        PDL=pdl,
-        num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
-    )
-    return out
+        acc = sums[0]
+        if bias_ptr is not None:
+            b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+            bias = gl.load(
+                bias_ptr + expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
+            )
+            acc += bias.to(gl.float32).expand_dims(1)
+    store_rows(acc, y_ptr, order_ptr, pid_n, first, end, N, SCATTER, GATE, ACT)
 
 
 @gluon.jit(do_not_specialize=["steps"])
 def _grouped_hopper_kernel(
     x_desc,
+    # of the same x: tiles of no more rows than its block multiply no more; None: all are x_desc's
+    narrow_desc,
     w_desc,
     order_ptr,
     tiles_ptr,
@@ -115,14 +132,10 @@ def _grouped_hopper_kernel(
     # whether the kernel ahead may still be writing tiles
     WAIT_FOR_TILES: gl.constexpr,
 ):
-    BLOCK_M: gl.constexpr = x_desc.block_shape[0]
-    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
-    OUT: gl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     EARLY: gl.constexpr = PDL and not WAIT_FOR_TILES
     if PDL and WAIT_FOR_TILES:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    pid_n = gl.program_id(0)
     tile_ptr = tiles_ptr + gl.program_id(1) * 3
     expert = gl.load(tile_ptr)
     first = gl.load(tile_ptr + 1)
@@ -132,45 +145,40 @@ def _grouped_hopper_kernel(
         # done before the one ahead, and the next one would take both for done
         if (first >= end) | (expert >= E):
             tl.extra.cuda.gdc_wait()
-    # slots of the list that no expert needed are empty
-    if first < end:
-        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-        # rows behind the last expert are zero
-        if expert < E:
-            n0 = pid_n * OUT
-            # experts are rows of one long matrix
-            w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
-            i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
-            sums, _ = accumulate(
-                (x_desc,),
-                (first,),
+    # slots of the list that no expert needed are empty; an expert's last tile may be short
+    SIZES: gl.constexpr = 1 if narrow_desc is None else 2
+    narrow = False
+    if narrow_desc is not None:
+        narrow = end - first <= narrow_desc.block_shape[0]
+    for size in gl.static_range(SIZES):
+        if (first < end) & (narrow == (size == 1)):
+            _tile(
+                x_desc if size == 0 else narrow_desc,
                 w_desc,
-                w_row,
-                w_row + N // 2,
-                expert.to(gl.int64) * N + tile_rows(pid_n, i, N, BLOCK_N, GATE),
+                order_ptr,
+                y_ptr,
                 scale_ptr,
                 zero_ptr,
+                bias_ptr,
+                gl.program_id(0),
+                expert,
+                first,
+                end,
+                N,
+                E,
+                steps,
                 n_groups,
-                0,
-                steps,
-                steps,
                 BLOCK_N,
+                SCATTER,
                 GROUP,
                 WHOLE_STEPS,
                 ACT_QUANT,
                 GATE,
+                ACT,
                 WARPS,
                 STAGES,
                 EARLY,
             )
-            acc = sums[0]
-            if bias_ptr is not None:
-                b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-                bias = gl.load(
-                    bias_ptr + expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
-                )
-                acc += bias.to(gl.float32).expand_dims(1)
-        _store(acc, y_ptr, order_ptr, pid_n, first, end, N, SCATTER, GATE, ACT)
 
 
 @gluon.constexpr_function
@@ -181,7 +189,7 @@ def _layout_of_stores(out, warps):
 
 
 @gluon.jit
-def _store(
+def store_rows(
     acc,
     y_ptr,
     order_ptr,
@@ -257,7 +265,10 @@ def multiply_grouped_hopper(
     n_out = n if gate == "none" else n // 2
     _launch_grouped_hopper(
         (-(-n_out // out), tiles.shape[0]),
-        descriptor(x, tuple(x.shape), x.stride(0), (plan.block_m, 128), dtype),
+        *(
+            descriptor(x, tuple(x.shape), x.stride(0), (rows, 128), dtype) if rows else None
+            for rows in (plan.block_m, plan.narrow_m)
+        ),
         descriptor(words, (n_experts * n, 16 * steps), 16 * steps, (fetched, 16), gl.int32),
         order,
         tiles,

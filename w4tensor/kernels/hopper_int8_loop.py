@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from w4tensor.kernels.hopper_loop import barrier, load
+from w4tensor.kernels.hopper_loop import barrier, fetch_words, in_turn, load, rows_in_memory
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, unpack_bytes
 
@@ -37,23 +37,31 @@ def layout_of_int8_sums(warps, columns):
 
 
 @gluon.constexpr_function
-def _layout_of_bytes(rows, step, warps):
-    """Bytes [BN, STEP / 2]: lane l has bytes 4 (l % 4) .. of each 16 of two rows, or four."""
-    more = [[16 * warps, 0]] if rows > 16 * warps else []
+def _layout_of_bytes(rows, step, warps, gate):
+    """Bytes [BN, STEP / 2] as they stand in shared memory: lane l has bytes 4 (l % 4) .. of each 16
+    of two rows, or four."""
+    below, lane, warp = rows_in_memory(rows, gate)
+    more = [[warp * warps, 0]] if rows > 16 * warps else []
     slices = {128: 2, 256: 3}[step]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2]] + [[0, 16 << i] for i in range(slices)] + [[8, 0]] + more,
-        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16 * w, 0] for w in (1, 2, 4) if w < warps],
+        reg_bases=[[0, 1], [0, 2]] + [[0, 16 << i] for i in range(slices)] + [[below, 0]] + more,
+        lane_bases=[[0, 4], [0, 8], [lane, 0], [2 * lane, 0], [4 * lane, 0]],
+        warp_bases=[[warp * w, 0] for w in (1, 2, 4) if w < warps],
         block_bases=[],
         shape=[rows, step // 2],
     )
 
 
 @gluon.jit
-def _operands(words, CELLS: gl.constexpr, OPERAND: gl.constexpr):
-    """Bytes [BN, STEP / 2] -> weights int8 [BN, STEP / CELLS] of each cell."""
-    low, high = unpack_bytes(words, True)
+def _operands(
+    memory, CELLS: gl.constexpr, OPERAND: gl.constexpr, WARPS: gl.constexpr, GATE: gl.constexpr
+):
+    """Bytes [BN, STEP / 2] in memory -> weights int8 [BN, STEP / CELLS] of each cell."""
+    BN: gl.constexpr = memory.shape[0]
+    STEP: gl.constexpr = memory.shape[1] * 2
+    words = in_turn(memory.load(_layout_of_bytes(BN, STEP, WARPS, GATE)), GATE)
+    ROWS: gl.constexpr = _layout_of_bytes(BN, STEP, WARPS, "none")
+    low, high = unpack_bytes(gl.convert_layout(words, ROWS, assert_trivial=True), True)
     return _cells(join_halves(low, high, 4), CELLS, OPERAND)
 
 
@@ -169,6 +177,17 @@ def _tokens(memory, GROUP: gl.constexpr, STEP: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
+def _loaded_tokens(ptr, column, stride, step, n, GROUP: gl.constexpr, STEP: gl.constexpr):
+    """The same of [n groups, stride] in global memory; 0 behind the last group."""
+    COUNT: gl.constexpr = STEP // GROUP if GROUP < STEP else 1
+    values = ()
+    for i in gl.static_range(COUNT):
+        group = step * COUNT + i if GROUP < STEP else step // (GROUP // STEP)
+        values += (gl.load(ptr + (group * stride + column), mask=group < n, other=0.0),)
+    return values
+
+
+@gluon.jit
 def _rows(values, LAYOUT: gl.constexpr):
     """[R, C] -> R tensors [C]."""
     if values.shape[0] == 1:
@@ -224,12 +243,6 @@ def _groups_fetched(act_group, sums, group):
 
 
 @gluon.jit
-def _fetch_words(w_desc, ws, full, stage, w_row, step, ok):
-    WIDTH: gl.constexpr = ws.shape[2]
-    load(w_desc, [w_row, step * WIDTH], full.index(stage), ws.index(stage), pred=ok)
-
-
-@gluon.jit
 def _fetch_tokens(
     desc, memory, full, stage, x_row, step, ok, GROUP: gl.constexpr, STEP: gl.constexpr
 ):
@@ -253,13 +266,21 @@ def _fetch_x(
 @gluon.jit
 def accumulate_int8(
     x_desc,
-    # group-major, of at least the groups of a step; None where tokens have one scale, and where
-    # rows have one zero point or none
+    # scales and sums of x, group-major: by a descriptor of at least the groups of a step, or, as
+    # the accelerator reads no box that begins at an x_row that is no multiple of 4, by a pointer
+    # to n_act_groups rows of x_stride, and columns [BM]. None, each, where tokens have one scale,
+    # and where rows have one zero point or none
     x_scale_desc,
     x_sum_desc,
+    x_scale_ptr,
+    x_sum_ptr,
+    x_stride,
+    column,
+    n_act_groups,
     x_row,
     w_desc,
     w_row,
+    up_row,
     row,
     scale_ptr,
     zero_ptr,
@@ -274,22 +295,26 @@ def accumulate_int8(
     CELL: gl.constexpr,
     # whether K is a multiple of a step
     WHOLE_STEPS: gl.constexpr,
+    GATE: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
-    x_row, w_row: first rows of x and of the words. row [BN]: of the scales and zero points.
+    x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
+        "halves" (hopper_loop.py). row [BN]: of the scales and zero points.
     """
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     STEP: gl.constexpr = w_desc.block_shape[1] * 2
     CELLS: gl.constexpr = STEP // CELL
     ACC: gl.constexpr = layout_of_int8_sums(WARPS, BLOCK_M)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
-    WORDS: gl.constexpr = _layout_of_bytes(BLOCK_N, STEP, WARPS)
     SCALES: gl.constexpr = 0 if x_scale_desc is None else x_scale_desc.block_shape[0]
     SUMS: gl.constexpr = 0 if x_sum_desc is None else x_sum_desc.block_shape[0]
+    ZEROS: gl.constexpr = x_sum_desc is not None or x_sum_ptr is not None
+    # weights are in registers no longer
+    LATE: gl.constexpr = BLOCK_M > 64
     GROUPS: gl.constexpr = _groups_fetched(ACT_GROUP, SUMS > 0, GROUP)
     BYTES: gl.constexpr = BLOCK_M * (STEP + 4 * SCALES + 4 * SUMS) + BLOCK_N * STEP // 2
 
@@ -316,10 +341,10 @@ def accumulate_int8(
     for s in gl.static_range(STAGES):
         ok = begin + s < end
         mbarrier.expect(full.index(s), BYTES, pred=ok)
-        _fetch_words(w_desc, ws, full, s, w_row, begin + s, ok)
+        fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
     scale = _groups(scale_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
     zero = ()
-    if x_sum_desc is not None:
+    if ZEROS:
         zero = _groups(zero_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
     if PDL:
         # weights are nobody's output; x is that of the kernel before
@@ -333,19 +358,27 @@ def accumulate_int8(
     stage = 0
     phase = 0
     for step in range(begin, end):
+        x_scale = ()
+        x_sum = ()
+        if x_scale_ptr is not None:
+            x_scale = _loaded_tokens(
+                x_scale_ptr, column, x_stride, step, n_act_groups, ACT_GROUP, STEP
+            )
+        if x_sum_ptr is not None and not LATE:
+            x_sum = _loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
         mbarrier.wait(full.index(stage), phase)
-        z = _operands(ws.index(stage).load(WORDS), CELLS, OPERAND)
+        z = _operands(ws.index(stage), CELLS, OPERAND, WARPS, GATE)
         sums = _multiply(z, xs, stage, none, CELLS, STEP)
         following = gl.minimum(step + 1, steps - 1)
         next_scale = _groups(scale_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
         next_zero = ()
-        if x_sum_desc is not None:
+        if ZEROS:
             next_zero = _groups(zero_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
         sums = _wait(sums, CELLS)
-        x_scale = ()
+        if x_sum_ptr is not None and LATE:
+            x_sum = _loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
         if x_scale_desc is not None:
             x_scale = _tokens(x_scales.index(stage), ACT_GROUP, STEP, ACC)
-        x_sum = ()
         if x_sum_desc is not None:
             x_sum = _tokens(x_sums.index(stage), GROUP, STEP, ACC)
         acc = _scaled(acc, sums, scale, zero, x_scale, x_sum, step, CELLS, GROUP, STEP)
@@ -354,7 +387,7 @@ def accumulate_int8(
         barrier()
         ahead = step + STAGES
         mbarrier.expect(full.index(stage), BYTES, pred=ahead < end)
-        _fetch_words(w_desc, ws, full, stage, w_row, ahead, ahead < end)
+        fetch_words(w_desc, ws, full, stage, w_row, up_row, ahead, ahead < end, GATE)
         _fetch_x(descs, memories, full, stage, x_row, ahead, ahead < end, GROUPS, STEP)
         stage += 1
         if stage == STAGES:

@@ -93,14 +93,34 @@ BF16_UNIT = gl.constexpr(2.0**32)
 
 
 @gluon.constexpr_function
-def _layout_in_memory(rows, warps, gate):
-    """Words [BN, (t, i)] as they stand in shared memory: lane l of warp w has t = l % 4 of row
-    16 w + l / 4 of the operand, and of the one 8 below."""
-    below, lane, warp = {
+def rows_in_memory(rows, gate):
+    """How far apart in shared memory stand rows of an operand that are 8, 1 and 16 apart: what a
+    thread has two of, what lanes divide and what warps do."""
+    return {
         "none": (8, 1, 16),
         "halves": (rows // 2, 1, 8),
         "interleaved": (1, 2, 16),
     }[gate]
+
+
+@gluon.jit
+def in_turn(words, GATE: gl.constexpr):
+    """[BN, C] as they stand in shared memory -> rows in the order of the operand."""
+    BN: gl.constexpr = words.shape[0]
+    C: gl.constexpr = words.shape[1]
+    if GATE == "halves":
+        return words.reshape(2, BN // 16, 8, C).permute(1, 0, 2, 3).reshape(BN, C)
+    elif GATE == "interleaved":
+        return words.reshape(BN // 16, 8, 2, C).permute(0, 2, 1, 3).reshape(BN, C)
+    else:
+        return words
+
+
+@gluon.constexpr_function
+def _layout_in_memory(rows, warps, gate):
+    """Words [BN, (t, i)] as they stand in shared memory: lane l of warp w has t = l % 4 of row
+    16 w + l / 4 of the operand, and of the one 8 below."""
+    below, lane, warp = rows_in_memory(rows, gate)
     more = [[warp * warps, 0]] if rows > 16 * warps else []
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [below, 0]] + more,
@@ -145,23 +165,25 @@ def layout_of_sums(warps, columns):
 
 @gluon.jit
 def _expect(xs, ws, full, stage, ok):
-    """Tell `full` of a stage how many bytes _fetch_words() and _fetch_x() bring."""
+    """Tell `full` of a stage how many bytes fetch_words() and _fetch_x() bring."""
     MORE: gl.constexpr = 0 if len(xs) == 1 else xs[-1].shape[1]
     BYTES: gl.constexpr = (xs[0].shape[1] + MORE) * 256 + ws.shape[1] * 64
     mbarrier.expect(full.index(stage), BYTES, pred=ok)
 
 
 @gluon.jit
-def _fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.constexpr):
+def fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.constexpr):
+    """Words of a step into ws [STAGES, BN, C]."""
     words = ws.index(stage)
+    first = step * ws.shape[2]
     if GATE == "halves":
         HALF: gl.constexpr = ws.shape[1] // 2
         gate = words.slice(0, HALF, 0)
         up = words.slice(HALF, HALF, 0)
-        load(w_desc, [w_row, step * 16], full.index(stage), gate, pred=ok)
-        load(w_desc, [up_row, step * 16], full.index(stage), up, pred=ok)
+        load(w_desc, [w_row, first], full.index(stage), gate, pred=ok)
+        load(w_desc, [up_row, first], full.index(stage), up, pred=ok)
     else:
-        load(w_desc, [w_row, step * 16], full.index(stage), words, pred=ok)
+        load(w_desc, [w_row, first], full.index(stage), words, pred=ok)
 
 
 @gluon.jit
@@ -175,12 +197,7 @@ def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
 def _words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
     """Words [BN, t, i] of a step."""
     BN: gl.constexpr = stage.shape[0]
-    words = stage.load(_layout_in_memory(BN, WARPS, GATE))
-    if GATE == "halves":
-        words = words.reshape(2, BN // 16, 8, 16).permute(1, 0, 2, 3)
-    elif GATE == "interleaved":
-        words = words.reshape(BN // 16, 8, 2, 16).permute(0, 2, 1, 3)
-    words = words.reshape(BN, 4, 4)
+    words = in_turn(stage.load(_layout_in_memory(BN, WARPS, GATE)), GATE).reshape(BN, 4, 4)
     return gl.convert_layout(words, _layout_of_words(BN, WARPS), assert_trivial=True)
 
 
@@ -351,7 +368,7 @@ def accumulate(
     for s in gl.static_range(STAGES):
         ok = begin + s < end
         _expect(xs, ws, full, s, ok)
-        _fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
+        fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
     if PDL:
         # weights are nobody's output; x is that of the kernel before
         tl.extra.cuda.gdc_wait()
@@ -400,7 +417,7 @@ def accumulate(
         barrier()
         ahead = step - 1 + STAGES
         _expect(xs, ws, full, done, ahead < end)
-        _fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
+        fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
         _fetch_x(x_desc, xs, full, done, x_row, ahead, ahead < end)
     z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_b, xs, stage, 1, acc)

@@ -24,8 +24,11 @@ from torch import Tensor
 
 from w4tensor.kernels.launcher import Launcher
 
-# pairs a program looks at together
+# pairs that a program looks at once, in one block; of more it looks at blocks, twice
+ONE_BLOCK_PAIRS = 16384
 BLOCK_PAIRS = 4096
+# of a block, those in a run whose ranks are found by themselves
+RUN = 64
 # tile slots that one store fills
 BLOCK_SLOTS = 32
 
@@ -45,6 +48,30 @@ def _write_tiles(
         tl.store(at + 2, tl.minimum(row + BLOCK_M, end), mask=mask)
 
 
+@triton.jit
+def _experts_of(ids_ptr, pair, n_pairs, E):
+    """Experts of pairs, -1 where there is none."""
+    ids = tl.load(ids_ptr + pair, mask=pair < n_pairs, other=-1)
+    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+
+
+@triton.jit
+def _count(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _place(order_ptr, first, mine, pair):
+    """Write pairs that are `mine`, in their order, from row `first` on -> the row behind them."""
+    # ranks within runs, then of runs: a scan of all at once is one long chain
+    mine = mine.to(tl.int32)
+    counts = tl.sum(mine, 1)
+    before = tl.cumsum(counts, 0) - counts
+    rank = before[:, None] + tl.cumsum(mine, 1) - 1
+    tl.store(order_ptr + first + rank, pair, mask=mine != 0)
+    return first + tl.sum(counts, 0)
+
+
 # one binary for every number of tokens of a size
 @triton.jit(do_not_specialize=["n_pairs", "n_tiles"])
 def _route_kernel(
@@ -57,7 +84,8 @@ def _route_kernel(
     n_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-    # whether that is all of them
+    RUN: tl.constexpr,
+    # whether BLOCK_PAIRS is all of them
     ONE_BLOCK: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -67,23 +95,20 @@ def _route_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     # program E stands behind the last expert: it has no pairs, and fills the slots that are left
     e = tl.program_id(0)
-    p = tl.arange(0, BLOCK_PAIRS)
+    p = tl.arange(0, BLOCK_PAIRS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     if ONE_BLOCK:
-        ids = tl.load(ids_ptr + p, mask=p < n_pairs, other=-1)
-        mine = ((ids == e) & (e < E)).to(tl.int32)
-        # both counts in one sum, each below 2 * BLOCK_PAIRS
-        counts = tl.sum(((ids >= 0) & (ids < e)).to(tl.int32) + mine * (2 * BLOCK_PAIRS), 0)
-        first = counts % (2 * BLOCK_PAIRS)
-        end = first + counts // (2 * BLOCK_PAIRS)
+        ids = _experts_of(ids_ptr, p, n_pairs, E)
+        first = _count((ids >= 0) & (ids < e))
+        end = first + _count(ids == e)
     else:
-        smaller = tl.zeros((BLOCK_PAIRS,), tl.int32)
-        same = tl.zeros((BLOCK_PAIRS,), tl.int32)
-        for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
-            ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
+        smaller = tl.zeros((BLOCK_PAIRS // RUN, RUN), tl.int32)
+        same = smaller
+        for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=1):
+            ids = _experts_of(ids_ptr, start + p, n_pairs, E)
             smaller += ((ids >= 0) & (ids < e)).to(tl.int32)
-            same += ((ids == e) & (e < E)).to(tl.int32)
-        first = tl.sum(smaller, 0)
-        end = first + tl.sum(same, 0)
+            same += (ids == e).to(tl.int32)
+        first = _count(smaller)
+        end = first + _count(same)
     if e < E:
         tl.store(offs_ptr + e, end)
     slot = first // BLOCK_M + tl.minimum(e, first)
@@ -92,16 +117,12 @@ def _route_kernel(
 
     if end > first:
         if ONE_BLOCK:
-            rank = tl.cumsum(mine, 0)
-            tl.store(order_ptr + first + rank - 1, p, mask=mine != 0)
+            _place(order_ptr, first, ids == e, p)
         else:
             row = first
-            for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=2):
-                ids = tl.load(ids_ptr + start + p, mask=start + p < n_pairs, other=-1)
-                mine = (ids == e).to(tl.int32)
-                rank = tl.cumsum(mine, 0)
-                tl.store(order_ptr + row + rank - 1, start + p, mask=mine != 0)
-                row += tl.sum(mine, 0)
+            for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=1):
+                ids = _experts_of(ids_ptr, start + p, n_pairs, E)
+                row = _place(order_ptr, row, ids == e, start + p)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
@@ -137,7 +158,10 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
     order = torch.empty(n_pairs, dtype=torch.int32, device=ids.device)
     offs = torch.empty(n_experts, dtype=torch.int32, device=ids.device)
     tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=ids.device)
-    block = min(BLOCK_PAIRS, max(128, 1 << (n_pairs - 1).bit_length()))
+    block, warps = BLOCK_PAIRS, 16
+    if n_pairs <= ONE_BLOCK_PAIRS:
+        block = max(128, 1 << (n_pairs - 1).bit_length())
+        warps = max(min(4, block // 128), block // 1024)
     _launch_route(
         (n_experts + 1,),
         ids.contiguous(),
@@ -149,10 +173,11 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
         n_tiles,
         BLOCK_M=block_m,
         BLOCK_PAIRS=block,
+        RUN=RUN,
         ONE_BLOCK=n_pairs <= block,
         BLOCK_SLOTS=BLOCK_SLOTS,
         PDL=pdl,
-        num_warps=min(8, max(1, block // 128)),
+        num_warps=warps,
         **({"launch_pdl": True} if pdl else {}),
     )
     return order, offs, tiles

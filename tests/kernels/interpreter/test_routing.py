@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w4tensor.kernels.routing import BLOCK_PAIRS, route, tiles_of
+from w4tensor.kernels.routing import ONE_BLOCK_PAIRS, route, tiles_of
 
 
 @st.composite
@@ -16,7 +16,10 @@ def routings(draw):
     n_experts = draw(st.integers(1, 40))
     top_k = draw(st.sampled_from([1, 2, 3, 8]))
     tokens = draw(st.integers(0, 24))
-    one = st.one_of(st.integers(-1, n_experts + 1), st.just(draw(st.integers(0, n_experts - 1))))
+    # of the last, the lower 32 bits are an expert
+    far = st.just(2**32)
+    crowded = st.just(draw(st.integers(0, n_experts - 1)))
+    one = st.one_of(st.integers(-1, n_experts + 1), crowded, far)
     ids = draw(st.lists(one, min_size=tokens * top_k, max_size=tokens * top_k))
     ids = torch.tensor(ids, dtype=torch.int64).view(tokens, top_k)
     return ids, n_experts, draw(st.sampled_from([8, 16]))
@@ -67,12 +70,13 @@ def test_tiles_of_offs_cover_the_rows_behind_the_last_expert_too(case, tail):
 
 
 @pytest.mark.parametrize("crowded", [False, True])
-def test_more_pairs_than_a_program_looks_at_together(crowded):
-    top_k, n_experts = 2, 3
-    tokens = BLOCK_PAIRS // top_k + 100
+@pytest.mark.parametrize("n_experts", [1, 3])
+def test_more_pairs_than_a_program_looks_at_at_once(n_experts, crowded):
+    top_k = 2
+    tokens = ONE_BLOCK_PAIRS // top_k + 100
     ids = torch.randint(0, n_experts + 1, (tokens, top_k), generator=torch.manual_seed(0))
     if crowded:
-        ids.fill_(1)
+        ids.fill_(n_experts - 1)
     order, offs, _ = route(ids, n_experts, block_m=64)
     expected, ends = _sorted_pairs(ids, n_experts)
     assert offs.tolist() == ends

@@ -9,16 +9,14 @@ import pytest
 import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
-from w4tensor.dispatch_experts import HOPPER_MANY_ROWS, HOPPER_ROWS, HopperGroupedPlan
+from w4tensor.dispatch_experts import HOPPER_TILES, HopperGroupedPlan
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
 )
 
-TILES = [HopperGroupedPlan(*tile) for _, tile in HOPPER_ROWS] + [
-    HopperGroupedPlan(*HOPPER_MANY_ROWS)
-]
+TILES = [plan for _, plan in HOPPER_TILES]
 
 
 @functools.cache
@@ -36,6 +34,7 @@ def _lower(
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
         "x_desc": descriptor([plan.block_m, 128], dtype),
+        "narrow_desc": descriptor([max(8, plan.narrow_m), 128], dtype),
         "w_desc": descriptor([fetched, 16], "i32"),
         "order_ptr": "*i32",
         "tiles_ptr": "*i32",
@@ -58,11 +57,13 @@ def _lower(
         "PDL": plan.pdl,
         "WAIT_FOR_TILES": False,
     }
+    if plan.narrow_m == 0:
+        constants["narrow_desc"] = None
     if zero is None:
         constants["zero_ptr"] = None
     if not bias:
         constants["bias_ptr"] = None
-    unaligned = ("x_desc", "w_desc", "steps")
+    unaligned = ("x_desc", "narrow_desc", "w_desc", "steps")
     return lower(_grouped_hopper_kernel, signature, constants, plan.num_warps, unaligned=unaligned)
 
 

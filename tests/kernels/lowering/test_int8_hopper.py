@@ -22,7 +22,7 @@ OPTIONAL = {"zero_ptr": "*fp16", "bias_ptr": "*bf16", "part_ptr": "*fp32", "flag
 SHARED_OF_A_MULTIPROCESSOR = 227 * 1024
 
 
-def _descriptor(name: str, rows: int, columns: int, of: gl.dtype) -> str:
+def descriptor_type(name: str, rows: int, columns: int, of: gl.dtype) -> str:
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], of)
     return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
 
@@ -37,7 +37,7 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     def of_tokens(name: str, size: int) -> None:
         if size:
             groups = max(1, tile.block_k // size, 32 // rows)
-            types[f"{name}_desc"] = _descriptor("fp32", groups, rows, gl.float32)
+            types[f"{name}_desc"] = descriptor_type("fp32", groups, rows, gl.float32)
             constants[f"{name}_ptr"] = None
         else:
             types[f"{name}_ptr"] = "*fp32"
@@ -49,9 +49,9 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     else:
         constants |= dict(x_sum_desc=None, x_sum_ptr=None)
     types |= dict(
-        x_desc=_descriptor("i8", rows, 128, gl.int8),
-        w_desc=_descriptor("u8", tile.block_n, tile.block_k // 2, gl.uint8),
-        y_desc=_descriptor("bf16", rows, tile.block_n, gl.bfloat16),
+        x_desc=descriptor_type("i8", rows, 128, gl.int8),
+        w_desc=descriptor_type("u8", tile.block_n, tile.block_k // 2, gl.uint8),
+        y_desc=descriptor_type("bf16", rows, tile.block_n, gl.bfloat16),
         y_ptr="*bf16",
         scale_ptr="*bf16",
         token="i64",
