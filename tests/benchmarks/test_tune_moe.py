@@ -19,7 +19,7 @@ def _alone(plan):
     return replace(plan, pdl="none" if isinstance(plan, PairsPlan) else False)
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32])
+@pytest.mark.parametrize("act_group_size", [None, 32, 128, -1])
 @pytest.mark.parametrize("shape", MOE_SHAPES, ids=lambda shape: shape.model)
 def test_what_dispatch_chooses_is_tried(shape, act_group_size):
     for tokens in shape.tokens:

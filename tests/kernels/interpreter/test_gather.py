@@ -1,0 +1,25 @@
+"""gather.py in Triton's CPU interpreter: rows of x by expert, and none for sentinels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from w4tensor.kernels.gather import gather_rows
+from w4tensor.kernels.routing import route
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("k", [40, 2048, 5000])
+def test_rows_stand_by_expert(k, dtype):
+    g = torch.Generator().manual_seed(k)
+    top_k, n_experts = 3, 5
+    x = torch.randint(-99, 100, (7, k + 8), generator=g).to(dtype)[:, :k]
+    # ids of n_experts are sentinels
+    ids = torch.randint(0, n_experts + 1, (7, top_k), generator=g)
+    order, offs, _ = route(ids, n_experts, block_m=8)
+    rows = gather_rows(x, order, offs, top_k, False)
+    pairs = ids.flatten()
+    expected = [p // top_k for e in range(n_experts) for p in (pairs == e).nonzero()[:, 0].tolist()]
+    assert len(expected) == offs[-1] < len(pairs)
+    assert torch.equal(rows[: len(expected)], x[expected])
