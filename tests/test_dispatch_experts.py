@@ -83,11 +83,13 @@ def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
     assert plan_gathered(rows, experts, k, 128, arch, act_group_size) == first
 
 
-def test_tiles_grow_with_the_rows_of_an_expert():
+@pytest.mark.parametrize("act_group_size,most", [(None, 256), (32, 256), (-1, 128)])
+def test_tiles_grow_with_the_rows_of_an_expert(act_group_size, most):
     sizes = [
-        plan_grouped(rows, 64, 2048, 128, H200).block_m for rows in (1, 64, 512, 2048, 8192, 65536)
+        plan_grouped(rows, 64, 2048, 128, H200, act_group_size).block_m
+        for rows in (0, 1, 64, 512, 2048, 8192, 65536)
     ]
-    assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == 256
+    assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == most
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,9 @@ def test_tiles_grow_with_the_rows_of_an_expert():
         (16, 128, -1, True),
         (65536, 128, -1, True),
         (640, 128, 128, True),
+        (0, 128, -1, True),
+        (0, 128, 32, False),
+        (0, 128, None, False),
         # each with scales that change within K too often for its rows
         (65536, 128, 128, False),
         (640, 64, -1, False),

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from w4tensor import moe
-from w4tensor.dispatch_experts import ExpertsPlan, HopperGroupedPlan
-from w4tensor.layout import COALESCED
+from w4tensor.dispatch_experts import ExpertsPlan, HopperGroupedPlan, HopperInt8GroupedPlan
+from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.testing import random_codes, random_routing
 
 TILE = HopperGroupedPlan(8, 64, 4, 4)
+INT8_TILE = HopperInt8GroupedPlan(8, 128, 256, 4, 3)
 EXPERTS, TOP_K, HIDDEN, INTER, TOKENS = 4, 2, 128, 128, 3
 
 
@@ -32,6 +33,8 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
     stub("tiles_of", lambda *_: routed[2])
     stub("gather_rows", lambda x, order, *_: x.new_zeros(len(order), x.shape[1]))
     stub("multiply_grouped_hopper", lambda *args: args[7])
+    stub("quantize_activation", lambda x, *_: (x.to(torch.int8), x[..., :1].mT, None))
+    stub("multiply_grouped_int8_hopper", lambda *args: args[9])
     stub("combine", lambda pairs, ids, weight, y, *_: y)
     return seen
 
@@ -52,6 +55,26 @@ def test_products_of_routed_rows_need_not_wait_for_their_tiles(launches):
     assert names == ["route", "gather_rows", product, product, "combine"]
     told = [told["wait_for_tiles"] for name, told in launches if name == product]
     assert told == [False, False]
+
+
+def test_int8_products_find_the_scales_of_their_rows(launches):
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    routing = random_routing(TOKENS, EXPERTS, TOP_K)
+    stacks = []
+    for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER)):
+        codes = random_codes(EXPERTS, n, k, group_size=128)
+        stacks.append(moe.Stack(ACT_QUANT.pack(codes.q), codes.scale, None, 128, None, -1))
+    moe.experts(x, *routing, *stacks, ExpertsPlan(INT8_TILE, INT8_TILE))
+    product = "multiply_grouped_int8_hopper"
+    # each token is quantised once, before its pairs are gathered; pairs are listed before both
+    assert [name for name, _ in launches] == [
+        *("route", "quantize_activation", "gather_rows", product),
+        *("quantize_activation", product, "combine"),
+    ]
+    told = [told for name, told in launches if name == product]
+    # scales of x stand by token, those of h by pair
+    assert [t["x_div"] for t in told] == [TOP_K, 0]
+    assert [t["wait_for_tiles"] for t in told] == [False, False]
 
 
 def test_a_product_of_rows_as_given_waits_for_its_tiles(launches):

@@ -336,7 +336,7 @@ def _most_int8_rows(group_size: int, act_group_size: int | None) -> float:
     """Mean rows of an expert up to which int8 tiles beat 16-bit ones on rounded x, on an H200: each
     change of scale within K costs an operation or more a sum."""
     if act_group_size is None or 0 < act_group_size < 128 or group_size < 128:
-        return 0.0
+        return -math.inf
     return math.inf if act_group_size == -1 else 20.0
 
 

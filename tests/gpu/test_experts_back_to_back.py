@@ -45,7 +45,7 @@ def _alone(part):
     return replace(part, pdl="none" if isinstance(part, PairsPlan) else False)
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32, -1])
+@pytest.mark.parametrize("act_group_size", [None, 32, 128, -1])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 40, 300, 1600])
 def test_a_chain_of_blocks_has_the_bits_of_blocks_one_by_one(tokens, act_group_size):
     sizes = EXPERTS, HIDDEN, INTER, 128, act_group_size

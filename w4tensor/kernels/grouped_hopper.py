@@ -250,8 +250,8 @@ def multiply_grouped_hopper(
     Args:
         x: [rows, K], sorted by expert, or [rows, padded_k(K)] in word order where qdata is
             ACT_QUANT. The rest as kernels/grouped.py has it, qdata contiguous.
-        wait_for_tiles: the launch ahead of this one may make `tiles`. If not, they were done before
-            it began, and are read, and weights too, while it makes x.
+        wait_for_tiles: the launch ahead of this one may make `tiles` and `order`. If not, they were
+            done before it began, and are read, and weights too, while it makes x.
     """
     n_experts, n = qdata.shape[:2]
     if tiles.shape[0] == 0:

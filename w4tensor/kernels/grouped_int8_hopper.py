@@ -81,7 +81,8 @@ def _tile(
         w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
         i = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
         n = expert.to(gl.int64) * N + tile_rows(pid_n, i, N, BLOCK_N, GATE)
-        # codes stand sorted, and what they are scaled with where quantize_activation wrote it
+        # codes stand sorted, what they are scaled with where quantize_activation wrote it; order is
+        # as old as the list of tiles, and may be read as early
         column = None
         if ACT_GROUP > 0 or (zero_ptr is not None and GROUP > 0):
             column = _columns(order_ptr, first, end, X_DIV, ACC)
@@ -252,6 +253,7 @@ def multiply_grouped_int8_hopper(
         x_scale, x_sum: [groups, tokens], as quantize_activation made them: row r has those of token
             order[r] // x_div, or where x_div is 0, of token r. x_sum: None without zero_point, else
             of groups of `group_size`.
+        group_size: at least 32, or a whole row.
         act_group_size: as x was quantised; -1 is per token.
         qdata: ACT_QUANT. The rest as kernels/grouped_hopper.py has it.
     """

@@ -9,6 +9,9 @@ Eight weights are unpacked in three instructions (unpack_act_quant.py), from sha
 registers to the matrix unit. A program waits for its multiplications; those of others on the
 multiprocessor go on meanwhile.
 
+Scales and sums of x come with x where a tile's first row is aligned for it, else by plain loads.
+With a GATE, rows of W are taken in turn as in hopper_loop.py.
+
 W is in the ACT_QUANT format. Sums are in units of 1 / UNIT, and where tokens have one scale each,
 without it.
 """
@@ -266,10 +269,10 @@ def _fetch_x(
 @gluon.jit
 def accumulate_int8(
     x_desc,
-    # scales and sums of x, group-major: by a descriptor of at least the groups of a step, or, as
-    # the accelerator reads no box that begins at an x_row that is no multiple of 4, by a pointer
-    # to n_act_groups rows of x_stride, and columns [BM]. None, each, where tokens have one scale,
-    # and where rows have one zero point or none
+    # scales and sums of x, group-major: by a descriptor of at least the groups of a step, or by a
+    # pointer to groups x_stride apart (n_act_groups and n_groups of them) and columns [BM]. None,
+    # each, where tokens have one scale, and where rows have one zero point or none. A descriptor
+    # needs an x_row that is a multiple of 4: with others an H200 faulted
     x_scale_desc,
     x_sum_desc,
     x_scale_ptr,
@@ -313,7 +316,7 @@ def accumulate_int8(
     SCALES: gl.constexpr = 0 if x_scale_desc is None else x_scale_desc.block_shape[0]
     SUMS: gl.constexpr = 0 if x_sum_desc is None else x_sum_desc.block_shape[0]
     ZEROS: gl.constexpr = x_sum_desc is not None or x_sum_ptr is not None
-    # weights are in registers no longer
+    # a large tile has no registers for the sums of x before those of its weights are free
     LATE: gl.constexpr = BLOCK_M > 64
     GROUPS: gl.constexpr = _groups_fetched(ACT_GROUP, SUMS > 0, GROUP)
     BYTES: gl.constexpr = BLOCK_M * (STEP + 4 * SCALES + 4 * SUMS) + BLOCK_N * STEP // 2

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from w4tensor.kernels.launcher import Launcher
 
-# pairs that a program looks at once, in one block; of more it looks at blocks, twice
+# up to so many pairs, a program reads all of them in one block; of more it reads blocks, twice
 ONE_BLOCK_PAIRS = 16384
 BLOCK_PAIRS = 4096
 # of a block, those in a run whose ranks are found by themselves

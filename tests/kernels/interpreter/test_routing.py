@@ -70,10 +70,13 @@ def test_tiles_of_offs_cover_the_rows_behind_the_last_expert_too(case, tail):
 
 
 @pytest.mark.parametrize("crowded", [False, True])
-@pytest.mark.parametrize("n_experts", [1, 3])
-def test_more_pairs_than_a_program_looks_at_at_once(n_experts, crowded):
+@pytest.mark.parametrize(
+    "n_experts,pairs",
+    [(3, 5000), (3, ONE_BLOCK_PAIRS), (1, ONE_BLOCK_PAIRS + 200), (3, ONE_BLOCK_PAIRS + 200)],
+)
+def test_all_pairs_in_one_block_and_more(n_experts, pairs, crowded):
     top_k = 2
-    tokens = ONE_BLOCK_PAIRS // top_k + 100
+    tokens = pairs // top_k
     ids = torch.randint(0, n_experts + 1, (tokens, top_k), generator=torch.manual_seed(0))
     if crowded:
         ids.fill_(n_experts - 1)

@@ -30,7 +30,8 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-
 _MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA", "OMMA", "QMMA")
 
 
-_DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}
+_DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+_DTYPES |= {"i8": gl.int8, "u8": gl.uint8, "i32": gl.int32}
 
 
 def descriptor(block: list[int], dtype: str) -> str:

@@ -6,10 +6,9 @@ import functools
 
 import pytest
 import triton
-from triton.experimental.gluon import language as gl
 
-from tests.kernels.lowering.sass import Lowered, lower, messages
-from tests.kernels.lowering.test_int8_hopper import OPTIONAL, descriptor_type
+from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
+from tests.kernels.lowering.test_int8_hopper import OPTIONAL
 from w4tensor.dispatch_experts import HOPPER_INT8_TILES, HopperInt8GroupedPlan
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.grouped_int8_hopper import _grouped_int8_hopper_kernel
@@ -45,9 +44,9 @@ def built(
         constants["narrow_desc"] = None
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     types |= dict(
-        x_desc=descriptor_type("i8", plan.block_m, 128, gl.int8),
-        narrow_desc=descriptor_type("i8", max(8, plan.narrow_m), 128, gl.int8),
-        w_desc=descriptor_type("u8", fetched, plan.block_k // 2, gl.uint8),
+        x_desc=descriptor([plan.block_m, 128], "i8"),
+        narrow_desc=descriptor([max(8, plan.narrow_m), 128], "i8"),
+        w_desc=descriptor([fetched, plan.block_k // 2], "u8"),
         y_ptr="*bf16",
         x_scale_ptr="*fp32",
         x_sum_ptr="*fp32",

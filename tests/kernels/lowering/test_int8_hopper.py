@@ -6,9 +6,8 @@ import functools
 
 import pytest
 import triton
-from triton.experimental.gluon import language as gl
 
-from tests.kernels.lowering.sass import Lowered, lower, messages
+from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_int8 import TILES, Int8Tile
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.int8_hopper import _int8_hopper_kernel
@@ -22,11 +21,6 @@ OPTIONAL = {"zero_ptr": "*fp16", "bias_ptr": "*bf16", "part_ptr": "*fp32", "flag
 SHARED_OF_A_MULTIPROCESSOR = 227 * 1024
 
 
-def descriptor_type(name: str, rows: int, columns: int, of: gl.dtype) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], of)
-    return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
-
-
 @functools.cache
 def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     """The kernel for sm_90; group and act: 0 where a row, and where a token, is one group."""
@@ -37,7 +31,7 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     def of_tokens(name: str, size: int) -> None:
         if size:
             groups = max(1, tile.block_k // size, 32 // rows)
-            types[f"{name}_desc"] = descriptor_type("fp32", groups, rows, gl.float32)
+            types[f"{name}_desc"] = descriptor([groups, rows], "fp32")
             constants[f"{name}_ptr"] = None
         else:
             types[f"{name}_ptr"] = "*fp32"
@@ -49,9 +43,9 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     else:
         constants |= dict(x_sum_desc=None, x_sum_ptr=None)
     types |= dict(
-        x_desc=descriptor_type("i8", rows, 128, gl.int8),
-        w_desc=descriptor_type("u8", tile.block_n, tile.block_k // 2, gl.uint8),
-        y_desc=descriptor_type("bf16", rows, tile.block_n, gl.bfloat16),
+        x_desc=descriptor([rows, 128], "i8"),
+        w_desc=descriptor([tile.block_n, tile.block_k // 2], "u8"),
+        y_desc=descriptor([rows, tile.block_n], "bf16"),
         y_ptr="*bf16",
         scale_ptr="*bf16",
         token="i64",
