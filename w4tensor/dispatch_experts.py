@@ -177,8 +177,9 @@ class ActQuantGroupedPlan:
         return f"int8 grouped {self.block_m}x{self.block_n}"
 
 
-# mean rows of an expert that is hit -> the best tile on an H200; wide tiles lose more to experts
-# that end within one than they save
+# mean rows of an expert that is hit -> the best tile on an H200 of those in
+# benchmarks/results/tune_moe.csv, at 1.3 to 512 rows; wide tiles lose more to experts that end
+# within one than they save
 HOPPER_TILES = (
     (6.0, HopperGroupedPlan(8, 128, 4, 4)),
     (12.0, HopperGroupedPlan(16, 128, 4, 4)),
