@@ -27,12 +27,14 @@ from torch import Tensor
 from benchmarks import ceilings, timing
 from w4tensor import arch, dispatch, dispatch_hopper, launch
 from w4tensor.dispatch import Arch, DecodePlan, DequantPlan, GemmPlan, Problem
+from w4tensor.dispatch_gemv import WARP_K, GemvPlan, serves_gemv
 from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.layout import COALESCED
 from w4tensor.testing import random_codes, rel_err
 
 FIELDS = "n k group_size zero m us read_us bf16_us rel_err kind plan".split()
-KINDS = {"decode": DecodePlan, "gemm": GemmPlan, "hopper": HopperPlan, "dequant": DequantPlan}
+KINDS = {"gemv": GemvPlan, "decode": DecodePlan, "gemm": GemmPlan}
+KINDS |= {"hopper": HopperPlan, "dequant": DequantPlan}
 WORKERS = 14
 # of the narrow weight that workers compare on
 CHECKED_ROWS, CHECKED_K = 512, 2048
@@ -60,7 +62,7 @@ def candidates(p: Point, target: Arch) -> list:
     """Plans that may be the best for `p`, dispatch's own among them."""
     plans: list = []
     if p.m <= 4:
-        plans += _decode_plans(p, target)
+        plans += [*_gemv_plans(p, target), *_decode_plans(p, target)]
     for tile, split_k, whole in dispatch_hopper.candidates(p.problem, target.num_sms):
         for pdl in (False, True) if p.m < 64 else (True,):
             shape = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
@@ -70,6 +72,20 @@ def candidates(p: Point, target: Arch) -> list:
         plans += [DequantPlan(rows), DequantPlan(max(256, rows // 512 * 256))]
     chosen = dispatch.plan(p.problem, target)
     return plans if chosen in plans else [*plans, chosen]
+
+
+def _gemv_plans(p: Point, target: Arch) -> list[GemvPlan]:
+    if not serves_gemv(p.n, p.k, p.group_size, target):
+        return []
+    pdl = "second" if target.capability[0] >= dispatch.HOPPER else "none"
+    return [
+        GemvPlan(rows, warps, ahead, pdl)
+        for rows, warps in itertools.product((4, 8, 16), (1, 2, 4, 8))
+        # a row that is short has one step; registers for 64 rows' words at most
+        for ahead in ((False, True) if p.k > WARP_K * warps and rows < 16 else (False,))
+        if warps == 1 or (WARP_K * warps <= p.k and rows * warps <= 64)
+        if p.n >= rows
+    ]
 
 
 def _decode_plans(p: Point, target: Arch) -> list[DecodePlan]:

@@ -36,12 +36,14 @@ from w4tensor.dispatch_experts import (
     ActQuantGroupedPlan,
     ExpertsPlan,
     ExpertsProblem,
+    FewPlan,
     GroupedPlan,
     HopperGroupedPlan,
     HopperInt8GroupedPlan,
     PairsPlan,
     plan_experts,
 )
+from w4tensor.dispatch_gemv import WARP_K, GemvPlan, serves_gemv
 from w4tensor.kernels.routing import route
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
@@ -55,7 +57,7 @@ from w4tensor.testing import (
     rel_err,
 )
 
-Plan = PairsPlan | GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
+Plan = FewPlan | GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
 # a plan of the first or the second product, or of the block
 Job = tuple[str, str, Plan | ExpertsPlan]
 # (microseconds, plan) of the first and of the second product, fastest first
@@ -88,6 +90,16 @@ def pairs_candidates(top_k: int, k: int, kwidth: int) -> Iterator[PairsPlan]:
         if step >= 2 * blocks_of_k and step > 1:
             continue
         yield PairsPlan(slots, slices, tiles, blocks, kwidth)
+
+
+def gemv_candidates(k: int) -> Iterator[GemvPlan]:
+    """One warp to eight, as long as each has something to do."""
+    for rows, warps in itertools.product((4, 8, 16), (1, 2, 4, 8)):
+        if warps > 1 and (WARP_K * warps > k or rows * warps > 64):
+            continue
+        yield GemvPlan(rows, warps)
+        if WARP_K * warps < k and rows < 16:
+            yield GemvPlan(rows, warps, ahead=True)
 
 
 def grouped_candidates(block_m: int, kwidth: int, fine: bool) -> Iterator[GroupedPlan]:
@@ -170,6 +182,10 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     if problem.pairs <= TRY_PAIRS_UP_TO:
         first += pairs_candidates(1, problem.hidden, kwidth)
         second += pairs_candidates(problem.top_k, problem.inter, kwidth)
+        if not int8 and serves_gemv(problem.inter, problem.hidden, problem.group_size, target):
+            first += gemv_candidates(problem.hidden)
+        if not int8 and serves_gemv(problem.hidden, problem.inter, problem.group_size, target):
+            second += gemv_candidates(problem.top_k * problem.inter)
     if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert
         mean = problem.rows_an_expert
@@ -260,7 +276,7 @@ class Load:
         calls = []
         for ids, weight, _, down in self.turns:
             rows = None
-            if not isinstance(plan, PairsPlan):
+            if not isinstance(plan, FewPlan):
                 rows = moe.Rows(*route(ids, self.problem.experts, plan.block_m))
             routing = moe.Routing(ids, weight, rows)
             calls.append(

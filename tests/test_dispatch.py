@@ -24,6 +24,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantHopperPlan,
     ActQuantPlan,
 )
+from w4tensor.dispatch_gemv import WARP_K, GemvPlan, plan_gemv, serves_gemv, warps_per_sm
 from w4tensor.dispatch_hopper import TILES, HopperPlan, predicted_us
 from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.errors import Unsupported
@@ -63,8 +64,13 @@ def test_every_legal_problem_has_a_plan_that_its_kernel_can_take(problem, arch):
         assert not isinstance(p, ActQuantDecodePlan) or problem.m <= p.block_m
         assert not isinstance(p, ActQuantDp4aPlan) or problem.m <= p.tokens
         return
-    assert isinstance(p, (DecodePlan, GemmPlan, HopperPlan, DequantPlan))
-    if isinstance(p, DecodePlan):
+    assert isinstance(p, (GemvPlan, DecodePlan, GemmPlan, HopperPlan, DequantPlan))
+    if isinstance(p, GemvPlan):
+        # whole programs, pairs of k, and words that have one scale each
+        assert problem.m <= dispatch.GEMV_MAX_M and problem.n >= p.rows and problem.k % 2 == 0
+        assert problem.group_size >= 32 or problem.group_size == problem.k
+        assert (p.pdl != "none") is (arch.capability[0] >= 9)
+    elif isinstance(p, DecodePlan):
         assert problem.m <= p.block_m
         # what kernels/decode.py asserts: groups do not straddle steps
         step = p.num_warps * p.block_k
@@ -107,12 +113,15 @@ def test_regimes_change_where_dispatch_says(shape):
         group = 32 if act == "int8" else None
         return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
 
+    few = dispatch.GEMV_MAX_PRODUCTS // (shape.n * shape.k)
+    gemv = max(1, min(dispatch.GEMV_MAX_M, few)) if shape.n > 1 else 0
     small = shape.n * shape.k < dispatch.DECODE_SMALL
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
     if shape.group_size == 32 and shape.n * shape.k >= dispatch.DECODE_FINE:
         border = 0
-    assert all(isinstance(at(m), DecodePlan) for m in range(1, border + 1))
-    assert isinstance(at(border + 1), HopperPlan)
+    assert all(isinstance(at(m), GemvPlan) for m in range(1, gemv + 1))
+    assert all(isinstance(at(m), DecodePlan) for m in range(gemv + 1, border + 1))
+    assert isinstance(at(max(gemv, border) + 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M - 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M), DequantPlan)
     border = dispatch_act_quant.TILE_FINE_MAX_M
@@ -121,20 +130,52 @@ def test_regimes_change_where_dispatch_says(shape):
     assert isinstance(at(border + 1, "int8"), ActQuantHopperPlan)
 
 
+@given(
+    st.integers(1, 600),
+    st.integers(8, 300_000),
+    st.integers(1, 60_000),
+    st.sampled_from([32, 64, 128]),
+    st.sampled_from(ARCHES),
+)
+def test_a_row_by_row_product_is_on_the_card_at_once_where_there_is_room(
+    items, n, k, group_size, arch
+):
+    p = plan_gemv(items, n, k, group_size, arch)
+    warps = items * -(-n // p.rows) * p.num_warps
+    at_once = p.num_warps * WARP_K >= k
+    if p.num_warps > 1 or p.ahead:
+        assert warps <= warps_per_sm(group_size < 128, p.ahead) * arch.num_sms
+    if p.num_warps > 1:
+        # no warp has nothing to do
+        assert p.num_warps * WARP_K <= k
+    assert not (p.ahead and at_once)
+
+
+def test_what_the_row_by_row_kernel_does_not_take_is_decoded():
+    def one(n=256, k=2048, group_size=128):
+        return plan(Problem(1, n, k, group_size, "bf16"), H200)
+
+    assert isinstance(one(), GemvPlan) and isinstance(one(k=720, group_size=720), GemvPlan)
+    assert isinstance(one(group_size=16), DecodePlan)
+    assert isinstance(one(n=7), DecodePlan) and isinstance(one(n=8), GemvPlan)
+    assert isinstance(one(k=721, group_size=721), DecodePlan)
+    assert not serves_gemv(1 << 18, 1 << 15, 128, H200)
+
+
 def test_many_weights_with_groups_of_32_are_decoded_by_tiles():
     n = dispatch.DECODE_FINE // 4096
-    for m in (1, dispatch.DECODE_MAX_M):
-        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), H200), HopperPlan)
-        assert isinstance(plan(Problem(m, n - 1, 4096, 32, "bf16"), H200), DecodePlan)
-        assert isinstance(plan(Problem(m, n, 4096, 64, "bf16"), H200), DecodePlan)
-        # only where the tile kernel runs
-        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), A100), DecodePlan)
-        assert isinstance(plan(Problem(m, n, 4096, 32, "bf16", batch=2), H200), DecodePlan)
+    m = dispatch.DECODE_MAX_M
+    assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), H200), HopperPlan)
+    assert isinstance(plan(Problem(m, n + 2049, 4096, 64, "bf16"), H200), DecodePlan)
+    # only where the tile kernel runs
+    assert isinstance(plan(Problem(m, n + 2049, 4096, 32, "bf16"), A100), DecodePlan)
+    assert isinstance(plan(Problem(m, n + 2049, 4096, 32, "bf16", batch=2), H200), DecodePlan)
+    assert isinstance(plan(Problem(m, n - 1, 4096, 32, "bf16"), H200), DecodePlan)
     assert isinstance(plan(Problem(m + 1, n - 1, 4096, 32, "bf16"), H200), HopperPlan)
 
 
 def test_the_operand_order_follows_the_triton_release():
-    problem = Problem(1, 4096, 4096, 128, "bf16")
+    problem = Problem(2, 8192, 4096, 128, "bf16")
     assert plan(problem, H200).kwidth == 4
     assert plan(problem, Arch((9, 0), 132, (3, 7))).kwidth == 4
     assert plan(problem, Arch((9, 0), 132, (3, 8))).kwidth == 2

@@ -12,6 +12,7 @@ from w4tensor.dispatch import Arch
 from w4tensor.dispatch_experts import (
     ExpertsPlan,
     ExpertsProblem,
+    FewPlan,
     HopperGroupedPlan,
     HopperInt8GroupedPlan,
     PairsPlan,
@@ -19,6 +20,7 @@ from w4tensor.dispatch_experts import (
     plan_gathered,
     plan_grouped,
 )
+from w4tensor.dispatch_gemv import GemvPlan, plan_gemv
 from w4tensor.errors import Unsupported
 from w4tensor.testing import MOE_SHAPES
 
@@ -49,7 +51,12 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
     plan = plan_experts(problem, arch)
     assert isinstance(plan, ExpertsPlan) and plan.name
     for part in (plan.first, plan.second):
-        if isinstance(part, PairsPlan):
+        if isinstance(part, GemvPlan):
+            assert act_group_size is None and problem.group_size != 16
+            # a program's rows are all there, without a gate too
+            outputs = problem.inter if part is plan.first else problem.hidden
+            assert outputs >= part.rows
+        elif isinstance(part, PairsPlan):
             assert 1 <= part.slots * part.slices <= 16
             assert part.slots <= max(1, problem.top_k)
         else:
@@ -60,7 +67,7 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
             assert problem.hidden % 8 == problem.inter % 8 == 0 and problem.group_size != 16
         if isinstance(part, HopperInt8GroupedPlan):
             assert act_group_size in (128, -1) and problem.group_size >= 128
-    if not isinstance(plan.first, PairsPlan):
+    if not isinstance(plan.first, FewPlan):
         assert plan.first.block_m == plan.second.block_m
 
 
@@ -74,13 +81,17 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
 def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
     arch, act_group_size, rows, experts, k
 ):
-    sizes = dict(hidden=k, inter=64, group_size=128, act_group_size=act_group_size)
+    n = 64
+    sizes = dict(hidden=k, inter=n, group_size=128, act_group_size=act_group_size)
     block = plan_experts(ExpertsProblem(rows, 1, experts, **sizes), arch)
     first = block.first
-    if isinstance(first, PairsPlan):
+    if isinstance(first, GemvPlan):
+        # nor has it gates
+        first = plan_gemv(rows, n, k, 128, arch, "none")
+    elif isinstance(first, PairsPlan):
         # nothing is launched ahead of it that it may overtake
         first = dataclasses.replace(first, pdl="none")
-    assert plan_gathered(rows, experts, k, 128, arch, act_group_size) == first
+    assert plan_gathered(rows, experts, n, k, 128, arch, act_group_size) == first
 
 
 @pytest.mark.parametrize("act_group_size,most", [(None, 256), (32, 256), (-1, 128)])
@@ -119,7 +130,7 @@ def test_one_token_is_not_sorted_and_thousands_are(shape):
         sizes = shape.experts, shape.hidden, shape.inter, shape.group_size
         return plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), H200).first
 
-    assert isinstance(first(1), PairsPlan) and not isinstance(first(4096), PairsPlan)
+    assert isinstance(first(1), GemvPlan) and not isinstance(first(4096), FewPlan)
 
 
 def test_refusals_and_devices_without_kernels():

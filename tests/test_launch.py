@@ -10,6 +10,7 @@ import torch
 from w4tensor import arch, launch, moe
 from w4tensor.dispatch import Arch, DecodePlan
 from w4tensor.dispatch_experts import GroupedPlan, HopperGroupedPlan
+from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.layout import ACT_QUANT, COALESCED
@@ -33,18 +34,23 @@ def plans(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("zero_point", ["symmetric", "fractional"])
-@pytest.mark.parametrize("m,kind", [(1, DecodePlan), (40, HopperPlan)])
-def test_weights_that_were_just_copied_are_not_read_early(plans, m, kind, zero_point):
-    codes = random_codes(64, 512, group_size=128, zero_point=zero_point)
+@pytest.mark.parametrize(
+    "m,kind,early",
+    [(1, GemvPlan, "second"), (2, DecodePlan, True), (40, HopperPlan, True)],
+)
+def test_weights_that_were_just_copied_are_not_read_early(plans, m, kind, early, zero_point):
+    # groups of 16 for decode, which has them for itself
+    group_size = 16 if kind is DecodePlan else 128
+    codes = random_codes(64, 512, group_size=group_size, zero_point=zero_point)
     weight = COALESCED.pack(codes.q), codes.scale, codes.zero_point
     x = torch.randn(m, 256, dtype=codes.scale.dtype)
     # K is cut: rows of the fields are strided
     cut = [None if t is None else t[:, t.shape[1] // 2 :] for t in weight]
-    launch.coalesced_linear(x, *cut, None, 128)
+    launch.coalesced_linear(x, *cut, None, group_size)
     whole = [None if t is None else t.contiguous() for t in cut]
-    launch.coalesced_linear(x, *whole, None, 128)
+    launch.coalesced_linear(x, *whole, None, group_size)
     assert [type(plan) for plan in plans] == [kind, kind]
-    assert [plan.pdl for plan in plans] == [False, True]
+    assert [plan.pdl for plan in plans] == ["none" if kind is GemvPlan else False, early]
 
 
 @pytest.mark.parametrize(

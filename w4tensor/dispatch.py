@@ -14,6 +14,7 @@ from w4tensor.errors import Unsupported
 
 if TYPE_CHECKING:
     from w4tensor.dispatch_act_quant import ActQuantPlan
+    from w4tensor.dispatch_gemv import GemvPlan
     from w4tensor.dispatch_hopper import HopperPlan
 
 __all__ = [
@@ -27,16 +28,21 @@ __all__ = [
     "plan",
 ]
 
+# up to so many tokens, and tokens times weights, it is the fastest to take each token by itself
+# (kernels/gemv.py; us for 2 tokens, 4096 x 4096: 6.7, decode 7.1; 6144 x 4096: 9.5, decode 8.6; for
+# 4, 2048 x 4096: 6.0, decode 7.0; 4096 x 4096: 10.0, tile 7.2). With one token it always is
+GEMV_MAX_M = 4
+GEMV_MAX_PRODUCTS = 1 << 25
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
-# x (28672 x 4096: 20.1 and 22.2 us for 1 and 2 tokens against 24.8; 24.7 for 3)
+# x (28672 x 4096: 22.2 us for 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
 # for smaller matrices than this, up to so many tokens (4 at 2048 x 4096: 4.8 us against 6.1; 5120 x
 # 2880, group 32: 6.6 against 8.7; but 4096 x 4096: 7.3 against 7.2)
 DECODE_SMALL_MAX_M = 4
 DECODE_SMALL = 1 << 24
-# from so many weights with groups of 32 a tile is faster at any number of tokens (1 token, 43008 x
-# 5376: 44.6 us against 49.3; 5376 x 21504: 26.1 against 25.9, and against 27.8 for 2; 5376 x 8192:
-# 13.6 against 15.8; but 2880 x 4096: about 7 against 5.2). The border is interpolated
+# from so many weights with groups of 32 a tile is faster than decode at any number of tokens (1
+# token, 43008 x 5376: 44.6 us against 49.3; 5376 x 8192: 13.6 against 15.8; 2 tokens, 5376 x 21504:
+# 26.1 against 27.8; but 2880 x 4096: about 7 against 5.2). The border is interpolated
 DECODE_FINE = 3 << 23
 # beyond this K, programs of the next launch that start early cost more than they save
 DECODE_PDL_MAX_K = 8192
@@ -180,7 +186,7 @@ class ReferencePlan:
 Plan = DecodePlan | GemmPlan | DequantPlan | ReferencePlan
 
 
-def plan(problem: Problem, arch: Arch) -> Plan | HopperPlan | ActQuantPlan:
+def plan(problem: Problem, arch: Arch) -> Plan | GemvPlan | HopperPlan | ActQuantPlan:
     """The plan for `problem` on `arch`; there is one for every legal problem.
 
     Raises:
@@ -188,10 +194,11 @@ def plan(problem: Problem, arch: Arch) -> Plan | HopperPlan | ActQuantPlan:
 
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> plan(Problem(m=1, n=4096, k=4096, group_size=128, act="bf16"), h200).name
-    'decode 8x8/4'
+    'gemv 8x4096'
     """
     # below, because it builds on this file
     from w4tensor.dispatch_act_quant import plan_act_quant
+    from w4tensor.dispatch_gemv import plan_gemv, serves_gemv
     from w4tensor.dispatch_hopper import plan_hopper, serves
 
     p = problem
@@ -203,6 +210,9 @@ def plan(problem: Problem, arch: Arch) -> Plan | HopperPlan | ActQuantPlan:
         return ReferencePlan()
     if p.act == "int8":
         return plan_act_quant(p, arch)
+    few = p.m == 1 or (p.m <= GEMV_MAX_M and p.m * p.n * p.k <= GEMV_MAX_PRODUCTS)
+    if few and serves_gemv(p.n, p.k, p.group_size, arch):
+        return plan_gemv(p.m * p.batch, p.n, p.k, p.group_size, arch)
     tiled = serves(p, arch)
     if p.batch == 1 and p.m >= (DEQUANT_FROM_M if tiled else DEQUANT_FROM_M_ELSE):
         return DequantPlan(rows=workspace_rows(p))

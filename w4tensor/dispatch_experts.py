@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, MIN_CAPABILITY, Arch
+from w4tensor.dispatch_gemv import GemvPlan, plan_gemv, serves_gemv
 from w4tensor.errors import Unsupported
 
 __all__ = [
     "ActQuantGroupedPlan",
     "ExpertsPlan",
     "ExpertsProblem",
+    "FewPlan",
     "GroupedPlan",
     "HopperGroupedPlan",
     "HopperInt8GroupedPlan",
@@ -201,7 +203,8 @@ HOPPER_INT8_TILES = (
     (math.inf, HopperInt8GroupedPlan(128, 64, 128, 4, 3, narrow_m=32)),
 )
 
-# of sorted rows
+# of pairs, and of sorted rows
+FewPlan = PairsPlan | GemvPlan
 RowsPlan = GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
 
 
@@ -212,8 +215,8 @@ class ExpertsPlan:
     Two grouped ones share block_m, as they share the list of tiles.
     """
 
-    first: PairsPlan | RowsPlan
-    second: PairsPlan | RowsPlan
+    first: FewPlan | RowsPlan
+    second: FewPlan | RowsPlan
 
     @property
     def name(self) -> str:
@@ -225,8 +228,8 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
 
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> qwen = ExpertsProblem(1, 8, experts=256, hidden=2048, inter=512, group_size=128)
-    >>> plan_experts(qwen, h200).second.slots
-    4
+    >>> plan_experts(qwen, h200).name
+    'gemv 8x2048; gemv 8x4096'
     """
     p = problem
     if min(p.tokens, p.top_k, p.experts, p.hidden, p.inter, p.group_size) < 1:
@@ -234,13 +237,32 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
     if arch.capability < MIN_CAPABILITY:
         return None
     if p.few_pairs:
+        groups = p.group_size, p.act_group_size
         return ExpertsPlan(
-            first=plan_pairs(1, p.hidden, arch, "first"),
-            second=plan_pairs(p.top_k, p.inter, arch, "second"),
+            first=_plan_few(p.pairs, 1, p.inter, p.hidden, *groups, arch, "first"),
+            second=_plan_few(p.tokens, p.top_k, p.hidden, p.inter, *groups, arch, "second"),
         )
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
     return ExpertsPlan(first=tile, second=tile)
+
+
+def _plan_few(
+    items: int,
+    top_k: int,
+    n: int,
+    k: int,
+    group_size: int,
+    act_group_size: int | None,
+    arch: Arch,
+    product: Literal["none", "first", "second"],
+) -> FewPlan:
+    """`items` sums over `top_k` slots, each of a row of x [k] times W: `n` outputs."""
+    if act_group_size is None and serves_gemv(n, k, group_size, arch):
+        # what a block's first product makes of a gate and an up row each
+        rows = 2 * n if product == "first" else n
+        return plan_gemv(items, rows, top_k * k, group_size, arch, product)
+    return plan_pairs(top_k, k, arch, product)
 
 
 def plan_pairs(
@@ -284,12 +306,18 @@ def plan_grouped(
 
 
 def plan_gathered(
-    rows: int, experts: int, k: int, group_size: int, arch: Arch, act_group_size: int | None = None
-) -> PairsPlan | RowsPlan:
-    """One product of `rows` rows, each with an expert of its own choice."""
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    group_size: int,
+    arch: Arch,
+    act_group_size: int | None = None,
+) -> FewPlan | RowsPlan:
+    """One product of `rows` rows, each with an expert [n, k] of its own choice."""
     problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
     if problem.few_pairs:
-        return plan_pairs(1, k, arch)
+        return _plan_few(rows, 1, n, k, group_size, act_group_size, arch, "none")
     return _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
 
 

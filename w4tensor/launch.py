@@ -25,6 +25,7 @@ from w4tensor.dispatch_experts import (
     plan_gathered,
     plan_grouped,
 )
+from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.kernels.act_quant_decode import act_quant_decode
@@ -35,6 +36,7 @@ from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
+from w4tensor.kernels.gemv import aligned_pairs, gemv
 from w4tensor.kernels.hopper_loop import aligned_rows
 from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
@@ -138,6 +140,8 @@ def coalesced_linear(
         if isinstance(plan, (DecodePlan, HopperPlan)):
             # a dependent launch reads weights while the kernel ahead, a copy, still writes them
             plan = replace(plan, pdl=False)
+        elif isinstance(plan, GemvPlan):
+            plan = replace(plan, pdl="none")
     if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         return y.copy_(reference.linear(x, w, bias))
@@ -149,7 +153,7 @@ def coalesced_linear(
 
 
 def run_coalesced(
-    plan: DecodePlan | GemmPlan | HopperPlan | DequantPlan,
+    plan: GemvPlan | DecodePlan | GemmPlan | HopperPlan | DequantPlan,
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
@@ -163,6 +167,9 @@ def run_coalesced(
     Returns what does so for contiguous x .. y alike, of whatever shape, if anything.
     """
     weight = qdata, scale, zero_point
+    if isinstance(plan, GemvPlan):
+        rows = aligned_pairs(x.flatten(0, 1))
+        return gemv(rows, *weight, bias, y.flatten(0, 1), group_size, plan)
     if isinstance(plan, DecodePlan):
         return decode(x, *weight, bias, y, group_size, plan)
     if isinstance(plan, HopperPlan):
@@ -241,7 +248,7 @@ def gathered_linear(
     target = arch.current(x.device.index)
     assert target is not None, "a CUDA tensor without CUDA"
     stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
-    plan = plan_gathered(rows, n_experts, k, group_size, target, act_group_size)
+    plan = plan_gathered(rows, n_experts, n, k, group_size, target, act_group_size)
     return moe.gathered_linear(x, ids, stack, plan)
 
 

@@ -22,15 +22,17 @@ from torch import Tensor
 
 from w4tensor.dispatch_experts import (
     ExpertsPlan,
+    FewPlan,
     GroupedPlan,
     HopperGroupedPlan,
     HopperInt8GroupedPlan,
-    PairsPlan,
     RowsPlan,
 )
+from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
 from w4tensor.kernels.gather import gather_rows
+from w4tensor.kernels.gemv import aligned_pairs, gemv
 from w4tensor.kernels.grouped import multiply_grouped
 from w4tensor.kernels.grouped_hopper import multiply_grouped_hopper
 from w4tensor.kernels.grouped_int8_hopper import multiply_grouped_int8_hopper
@@ -127,11 +129,11 @@ def first_product(
     ids, weight = ids.contiguous(), weight.contiguous()
     dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     h = torch.empty(tokens * top_k, n if gate == "none" else n // 2, dtype=dtype, device=x.device)
-    if isinstance(plan.first, PairsPlan):
+    if isinstance(plan.first, FewPlan):
         _pairs(x, ids.view(-1, 1), gate_up, h, plan.first, x_div=top_k, gate=gate, act=act)
         return h, Routing(ids, weight, None)
     rows = Rows(*route(ids, n_experts, plan.first.block_m, plan.first.pdl))
-    scatter = isinstance(plan.second, PairsPlan)
+    scatter = isinstance(plan.second, FewPlan)
     fused = dict(scatter=scatter, gate=gate, act=act)
     _grouped(x, rows, gate_up, h, plan.first, x_div=top_k, **fused)
     return h, Routing(ids, weight, rows)
@@ -142,9 +144,9 @@ def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) 
     tokens, top_k = routing.ids.shape
     n_experts, n = down.scale.shape[:2]
     y = torch.empty(tokens, n, dtype=h.dtype, device=h.device)
-    if isinstance(plan.second, PairsPlan):
+    if isinstance(plan.second, FewPlan):
         return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
-    assert routing.rows is not None and not isinstance(plan.first, PairsPlan)
+    assert routing.rows is not None and not isinstance(plan.first, FewPlan)
     assert plan.second.block_m == plan.first.block_m, "the tiles are those of the first product"
     pairs = torch.empty(tokens * top_k, n, dtype=h.dtype, device=h.device)
     _grouped(h, routing.rows, down, pairs, plan.second, scatter=True)
@@ -161,12 +163,12 @@ def grouped_linear(x: Tensor, offs: Tensor, stack: Stack, plan: RowsPlan) -> Ten
     return _grouped(x, rows, stack, y, plan)
 
 
-def gathered_linear(x: Tensor, ids: Tensor, stack: Stack, plan: PairsPlan | RowsPlan) -> Tensor:
+def gathered_linear(x: Tensor, ids: Tensor, stack: Stack, plan: FewPlan | RowsPlan) -> Tensor:
     """x [S, K] and ids [S] -> W[ids[s]] @ x[s], [S, N], without copying W; sentinels give zeros."""
     n_experts, n = stack.scale.shape[:2]
     ids = ids.contiguous()
     y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    if isinstance(plan, PairsPlan):
+    if isinstance(plan, FewPlan):
         return _pairs(x, ids.view(-1, 1), stack, y, plan)
     rows = Rows(*route(ids, n_experts, plan.block_m))
     return _grouped(x, rows, stack, y.zero_(), plan, x_div=1, scatter=True)
@@ -187,10 +189,12 @@ def _sixteen_bit(x: Tensor, stack: Stack, word_order: bool = False, pdl: bool = 
     return _rows(x.bfloat16() if x.dtype == torch.float32 else x)
 
 
-def _pairs(
-    x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: PairsPlan, **fused: Any
-) -> Tensor:
+def _pairs(x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: FewPlan, **fused: Any) -> Tensor:
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
+    if isinstance(plan, GemvPlan):
+        x = aligned_pairs(_sixteen_bit(x, stack))
+        gemv(x, *weights, y, stack.group_size, plan, ids=ids, **fused)
+        return y
     word_order = takes_word_order(stack.qdata, stack.group_size)
     x = _sixteen_bit(x, stack, word_order, pdl=plan.pdl != "none")
     return multiply_pairs(x, ids, *weights, y, stack.group_size, plan, **fused)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import tune_moe
 from w4tensor.dispatch import Arch
-from w4tensor.dispatch_experts import PairsPlan, plan_experts
+from w4tensor.dispatch_experts import FewPlan, plan_experts
 from w4tensor.testing import MOE_SHAPES
 
 # the card that was searched
@@ -16,7 +16,7 @@ H200 = Arch((9, 0), 132, (3, 6))
 
 
 def _alone(plan):
-    return replace(plan, pdl="none" if isinstance(plan, PairsPlan) else False)
+    return replace(plan, pdl="none" if isinstance(plan, FewPlan) else False)
 
 
 @pytest.mark.parametrize("act_group_size", [None, 32, 128, -1])

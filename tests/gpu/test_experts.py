@@ -12,12 +12,13 @@ from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, arch, moe, ref
 from w4tensor.dispatch_experts import (
     ExpertsPlan,
     ExpertsProblem,
-    PairsPlan,
+    FewPlan,
     plan_experts,
     plan_gathered,
     plan_grouped,
     plan_pairs,
 )
+from w4tensor.dispatch_gemv import plan_gemv
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
 from w4tensor.moe import Stack
 from w4tensor.testing import (
@@ -294,7 +295,7 @@ def test_indexed_weights_on_both_sides_of_each_border(blocks, act_group_size):
     g = torch.Generator("cuda").manual_seed(0)
 
     def plan(rows):
-        return plan_gathered(rows, 64, 2048, 128, arch.current(), act_group_size)
+        return plan_gathered(rows, 64, 1024, 2048, 128, arch.current(), act_group_size)
 
     for rows in borders(plan):
         ids = torch.randint(-64, 64, (rows,), device="cuda", generator=g)
@@ -360,7 +361,7 @@ def test_graph_replays_with_other_routings_give_the_bits_of_eager(blocks, tokens
     block, top_k = blocks["qwen"], 4
     plan, stacks = block.plan(tokens, top_k), block.stacks()
     if pdl:
-        pairs = isinstance(plan.first, PairsPlan)
+        pairs = isinstance(plan.first, FewPlan)
         first, second = ("first", "second") if pairs else (True, True)
         plan = ExpertsPlan(replace(plan.first, pdl=first), replace(plan.second, pdl=second))
     x, ids, weight = block.load(tokens, top_k)
@@ -385,7 +386,7 @@ def test_graph_replays_with_other_routings_give_the_bits_of_eager(blocks, tokens
 
 
 def replace_pdl(plan: ExpertsPlan) -> ExpertsPlan:
-    off = "none" if isinstance(plan.first, PairsPlan) else False
+    off = "none" if isinstance(plan.first, FewPlan) else False
     return ExpertsPlan(replace(plan.first, pdl=off), replace(plan.second, pdl=off))
 
 
@@ -408,6 +409,7 @@ def test_integers_are_exact(act_group_size):
     exact = torch.bmm(codes.dequantize(torch.float64)[ids], x.double()[..., None])[..., 0]
     target = arch.current()
     for plan in (
+        *([plan_gemv(70, 96, 320, 64, target, "none")] if act_group_size is None else []),
         plan_pairs(1, 320, target),
         *(plan_grouped(70 * m, 70, 320, 64, target, act_group_size) for m in (1, 8, 20, 60, 200)),
     ):

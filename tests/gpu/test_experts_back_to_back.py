@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from w4tensor import arch, moe
-from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, PairsPlan, plan_experts
+from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, FewPlan, plan_experts
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
 from w4tensor.testing import random_codes, random_routing
@@ -42,7 +42,7 @@ def _without_overlap(plan: ExpertsPlan) -> ExpertsPlan:
 
 
 def _alone(part):
-    return replace(part, pdl="none" if isinstance(part, PairsPlan) else False)
+    return replace(part, pdl="none" if isinstance(part, FewPlan) else False)
 
 
 @pytest.mark.parametrize("act_group_size", [None, 32, 128, -1])

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, arch, dispatch, reference
-from w4tensor.dispatch import DecodePlan, DequantPlan, Problem
+from w4tensor.dispatch import DequantPlan, Problem
+from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.dispatch_hopper import HopperPlan
 
 pytestmark = pytest.mark.gpu
@@ -98,7 +99,7 @@ def test_both_sides_of_every_border_that_dispatch_draws(n, k, group_size, zero):
     borders = [m for m in tokens if plan(m) != plan(m - 1)]
     kinds = {type(plan(m)) for m in (1, *borders)}
     served = k % 8 == 0
-    assert {DecodePlan, DequantPlan} < kinds and (HopperPlan in kinds) is served
+    assert {GemvPlan, DequantPlan} < kinds and (HopperPlan in kinds) is served
     for m in borders:
         check(m - 1, n, k, group_size, zero, torch.bfloat16)
         check(m, n, k, group_size, zero, torch.bfloat16, bias=True)

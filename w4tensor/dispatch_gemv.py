@@ -1,0 +1,87 @@
+"""Tiles of kernels/gemv.py, which takes one row of x at a time: serves_gemv() and plan_gemv().
+
+A program has ROWS rows; its warps share K, 1024 k a step each. What is fastest is to have all of a
+product's programs on the card at once: as many warps a program as then find room, warps_per_sm() of
+them a multiprocessor. Where a step is not all of K, the next one's weights are loaded ahead, which
+takes registers, as do scales finer than 128 k. What does not find room at all has one warp a
+program, whose rounds overlap.
+
+Measured with benchmarks/tune.py and tune_moe.py on an H200, one token, us: 4096 x 4096 4.7 (8 rows,
+4 warps; 2 warps 5.4, 1 warp 7.1), 8192 x 8192 11.6 (2 warps; 4: 13.5, 1: 14.1), 57344 x 8192 61.8
+(1 warp; 2: 63.9). 16 rows need so many registers that they lose, but for a few per cent at K =
+14336; 4 lose everywhere but for N of some hundreds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from w4tensor.dispatch import HOPPER, MIN_CAPABILITY, Arch
+
+__all__ = ["GemvPlan", "plan_gemv", "serves_gemv"]
+
+ROWS = 8
+# k that a warp takes a step
+WARP_K = 1024
+# numbers of weights of a matrix, above which offsets would need 64 bits
+MAX_WEIGHTS = 1 << 33
+
+
+@dataclass(frozen=True, slots=True)
+class GemvPlan:
+    """One launch of kernels/gemv.py.
+
+    Fields:
+        rows: rows of W of a program, a power of two. num_warps: its warps, which share K.
+        ahead: the next step's weights are loaded before this one's are used.
+        pdl: programmatic dependent launch, as the first or the second product of an experts block;
+            a product by itself is as the second, whose weights nobody ahead decides.
+    """
+
+    rows: int
+    num_warps: int
+    ahead: bool = False
+    pdl: Literal["none", "first", "second"] = "none"
+
+    @property
+    def name(self) -> str:
+        return f"gemv {self.rows}x{WARP_K * self.num_warps}"
+
+
+def serves_gemv(n: int, k: int, group_size: int, arch: Arch) -> bool:
+    """Whether the kernel can: whole programs, pairs of k, and words that have one scale each."""
+    known = group_size >= 32 or group_size == k
+    sizes = n >= ROWS and k % 2 == 0 and n * k < MAX_WEIGHTS
+    return arch.capability >= MIN_CAPABILITY and sizes and known
+
+
+def warps_per_sm(fine: bool, ahead: bool) -> int:
+    """How many find registers on a multiprocessor (tests/kernels/lowering/test_gemv.py)."""
+    return 20 - 4 * fine - 4 * ahead
+
+
+def plan_gemv(
+    items: int,
+    n: int,
+    k: int,
+    group_size: int,
+    arch: Arch,
+    product: Literal["none", "first", "second"] = "second",
+) -> GemvPlan:
+    """The plan for `items` rows of x, each of `k` numbers, times [n, k] each.
+
+    >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
+    >>> plan_gemv(1, 4096, 4096, 128, h200).name
+    'gemv 8x4096'
+    """
+    programs = items * -(-n // ROWS)
+    num_warps, ahead = 1, False
+    for warps in (8, 4, 2, 1):
+        more = warps * WARP_K < k
+        room = warps_per_sm(group_size < 128, more) * arch.num_sms
+        if (warps == 1 or warps * WARP_K <= k) and programs * warps <= room:
+            num_warps, ahead = warps, more
+            break
+    pdl: Literal["none", "first", "second"] = product if arch.capability[0] >= HOPPER else "none"
+    return GemvPlan(ROWS, num_warps, ahead, pdl)
