@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -113,7 +114,10 @@ def test_regimes_change_where_dispatch_says(shape):
         group = 32 if act == "int8" else None
         return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
 
-    few = dispatch.GEMV_MAX_PRODUCTS // (shape.n * shape.k)
+    most = dispatch.GEMV_MAX_PRODUCTS
+    if shape.group_size < 128:
+        most = dispatch.GEMV_MAX_FINE_PRODUCTS
+    few = most // (shape.n * shape.k)
     gemv = max(1, min(dispatch.GEMV_MAX_M, few)) if shape.n > 1 else 0
     small = shape.n * shape.k < dispatch.DECODE_SMALL
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
@@ -137,18 +141,41 @@ def test_regimes_change_where_dispatch_says(shape):
     st.sampled_from([32, 64, 128]),
     st.sampled_from(ARCHES),
 )
-def test_a_row_by_row_product_is_on_the_card_at_once_where_there_is_room(
-    items, n, k, group_size, arch
-):
+def test_a_row_by_row_product_takes_the_fewest_rounds_and_steps(items, n, k, group_size, arch):
     p = plan_gemv(items, n, k, group_size, arch)
-    warps = items * -(-n // p.rows) * p.num_warps
-    at_once = p.num_warps * WARP_K >= k
-    if p.num_warps > 1 or p.ahead:
-        assert warps <= warps_per_sm(group_size < 128, p.ahead) * arch.num_sms
-    if p.num_warps > 1:
-        # no warp has nothing to do
-        assert p.num_warps * WARP_K <= k
-    assert not (p.ahead and at_once)
+    fine = group_size < 128
+
+    def cost(warps):
+        programs = items * math.ceil(n / p.rows)
+        rounds = math.ceil(programs * warps / (warps_per_sm(fine, False) * arch.num_sms))
+        return rounds * (math.ceil(k / (warps * WARP_K)) + 1)
+
+    fits = [warps for warps in (1, 2, 4, 8) if warps == 1 or warps * WARP_K <= k]
+    assert p.num_warps in fits and cost(p.num_warps) == min(map(cost, fits))
+    warps = items * math.ceil(n / p.rows) * p.num_warps
+    if p.ahead:
+        assert p.num_warps * WARP_K < k and warps <= warps_per_sm(fine, True) * arch.num_sms
+
+
+@pytest.mark.parametrize(
+    "n,k,group_size,warps,ahead",
+    [
+        (4096, 4096, 128, 4, False),
+        (8192, 8192, 128, 2, True),
+        (28672, 4096, 128, 2, False),
+        (57344, 8192, 128, 1, False),
+        (4096, 14336, 128, 4, True),
+        (14336, 4096, 128, 1, True),
+        (9216, 2048, 128, 2, False),
+        (43008, 5376, 32, 1, False),
+        (5376, 21504, 32, 2, True),
+        (5120, 2880, 32, 2, True),
+        (2880, 4096, 32, 4, False),
+    ],
+)
+def test_a_row_by_row_product_has_the_warps_that_were_fastest(n, k, group_size, warps, ahead):
+    p = plan_gemv(1, n, k, group_size, H200)
+    assert (p.num_warps, p.ahead) == (warps, ahead)
 
 
 def test_what_the_row_by_row_kernel_does_not_take_is_decoded():

@@ -30,9 +30,12 @@ __all__ = [
 
 # up to so many tokens, and tokens times weights, it is the fastest to take each token by itself
 # (kernels/gemv.py; us for 2 tokens, 4096 x 4096: 6.7, decode 7.1; 6144 x 4096: 9.5, decode 8.6; for
-# 4, 2048 x 4096: 6.0, decode 7.0; 4096 x 4096: 10.0, tile 7.2). With one token it always is
+# 4, 2048 x 4096: 6.0, decode 7.0; 4096 x 4096: 10.0, tile 7.2). With one token it always is. Groups
+# below 128 take it longer (2 tokens, group 32, 2880 x 4096: 5.6, decode 6.2; 5120 x 2880: 10.2,
+# decode 7.2; the border is interpolated)
 GEMV_MAX_M = 4
 GEMV_MAX_PRODUCTS = 1 << 25
+GEMV_MAX_FINE_PRODUCTS = 3 << 23
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
 # x (28672 x 4096: 22.2 us for 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
@@ -210,7 +213,8 @@ def plan(problem: Problem, arch: Arch) -> Plan | GemvPlan | HopperPlan | ActQuan
         return ReferencePlan()
     if p.act == "int8":
         return plan_act_quant(p, arch)
-    few = p.m == 1 or (p.m <= GEMV_MAX_M and p.m * p.n * p.k <= GEMV_MAX_PRODUCTS)
+    most = GEMV_MAX_FINE_PRODUCTS if p.group_size < 128 else GEMV_MAX_PRODUCTS
+    few = p.m == 1 or (p.m <= GEMV_MAX_M and p.m * p.n * p.k <= most)
     if few and serves_gemv(p.n, p.k, p.group_size, arch):
         return plan_gemv(p.m * p.batch, p.n, p.k, p.group_size, arch)
     tiled = serves(p, arch)

@@ -1,15 +1,15 @@
 """Tiles of kernels/gemv.py, which takes one row of x at a time: serves_gemv() and plan_gemv().
 
-A program has ROWS rows; its warps share K, 1024 k a step each. What is fastest is to have all of a
-product's programs on the card at once: as many warps a program as then find room, warps_per_sm() of
-them a multiprocessor. Where a step is not all of K, the next one's weights are loaded ahead, which
-takes registers, as do scales finer than 128 k. What does not find room at all has one warp a
-program, whose rounds overlap.
+A program has ROWS rows; its warps share K, 1024 k a step each. warps_per_sm() of them find room on
+a multiprocessor, so that programs take rounds; and a program takes as long as it has steps, and one
+more to begin and to end. The number of warps with the least rounds * (steps + 1) is taken. Where
+all programs have one round and more than one step, the next step's weights are loaded ahead, which
+takes registers, as scales finer than 128 k do.
 
-Measured with benchmarks/tune.py and tune_moe.py on an H200, one token, us: 4096 x 4096 4.7 (8 rows,
-4 warps; 2 warps 5.4, 1 warp 7.1), 8192 x 8192 11.6 (2 warps; 4: 13.5, 1: 14.1), 57344 x 8192 61.8
-(1 warp; 2: 63.9). 16 rows need so many registers that they lose, but for a few per cent at K =
-14336; 4 lose everywhere but for N of some hundreds.
+Measured on an H200, one token, us: 4096 x 4096 4.7 (4 warps; 2: 5.4), 8192 x 8192 11.6 (2 warps; 4:
+13.5, 1: 14.1), 28672 x 4096 20.2 (2 warps; 1: 20.7), 57344 x 8192 61.8 (1 warp; 2: 63.9). 16 rows
+need so many registers that they lose, but for a few per cent at K = 14336; 4 lose everywhere but
+for N of some hundreds.
 """
 
 from __future__ import annotations
@@ -76,12 +76,17 @@ def plan_gemv(
     'gemv 8x4096'
     """
     programs = items * -(-n // ROWS)
-    num_warps, ahead = 1, False
-    for warps in (8, 4, 2, 1):
-        more = warps * WARP_K < k
-        room = warps_per_sm(group_size < 128, more) * arch.num_sms
-        if (warps == 1 or warps * WARP_K <= k) and programs * warps <= room:
-            num_warps, ahead = warps, more
-            break
+    fine = group_size < 128
+
+    def rounds(warps: int, ahead: bool) -> int:
+        return -(-programs * warps // (warps_per_sm(fine, ahead) * arch.num_sms))
+
+    def steps(warps: int) -> int:
+        return -(-k // (warps * WARP_K))
+
+    # each with something to do
+    some = [warps for warps in (1, 2, 4, 8) if warps == 1 or warps * WARP_K <= k]
+    num_warps = min(some, key=lambda warps: rounds(warps, False) * (steps(warps) + 1))
+    ahead = steps(num_warps) > 1 and rounds(num_warps, True) == 1
     pdl: Literal["none", "first", "second"] = product if arch.capability[0] >= HOPPER else "none"
     return GemvPlan(ROWS, num_warps, ahead, pdl)

@@ -446,7 +446,7 @@ def _gemv_kernel(
         pair = x_chunk // 4 * 64 + t
         of_thread = f // THREADS * 4
         if not WHOLE_BLOCKS:
-            x_ok = x_ok & (2 * (pair + of_thread) < K)
+            x_ok = x_ok & (of_thread < K // 2 - pair)
         # added last, for one address to serve all of a thread's loads
         x_ptrs = pairs_ptr + (x_slot * (stride_x // 2) + pair) + of_thread
         pairs = tl.load(x_ptrs, mask=x_ok, other=0)

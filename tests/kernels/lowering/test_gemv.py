@@ -34,6 +34,7 @@ def _lower(
     top_k: int = 1,
     gate: str = "none",
     ids: bool = False,
+    whole: bool = True,
     capability: int = 90,
 ) -> Lowered:
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": f"*{dtype}"}
@@ -45,7 +46,7 @@ def _lower(
         _gemv_kernel,
         {name: pointers.get(name, "i32") for name in _gemv_kernel.arg_names},
         dict.fromkeys(absent)
-        | dict(X_DIV=1, TOP_K=top_k, GROUP=group, WHOLE_BLOCKS=True, ROWS=ROWS)
+        | dict(X_DIV=1, TOP_K=top_k, GROUP=group, WHOLE_BLOCKS=whole, ROWS=ROWS)
         | dict(THREADS=32 * num_warps, AHEAD=ahead, GATE=gate, ACT="silu" if ids else "none")
         | dict(PDL="second" if capability >= 90 else "none", ASM=True),
         num_warps=num_warps,
@@ -90,6 +91,11 @@ def test_scales_of_a_block_are_one_load():
 def test_zero_points():
     _check(2.8, zero=True)
     _check(3.9, zero=True, group=32)
+
+
+@pytest.mark.parametrize("group,budget", [(128, 2.7), (32, 3.5)])
+def test_a_k_that_blocks_do_not_divide(group, budget):
+    _check(budget, num_warps=2, ahead=True, group=group, whole=False)
 
 
 def test_fp16():
