@@ -114,11 +114,14 @@ def test_regimes_change_where_dispatch_says(shape):
         group = 32 if act == "int8" else None
         return plan(Problem(m, shape.n, shape.k, shape.group_size, act, True, 1, group), H200)
 
-    most = dispatch.GEMV_MAX_PRODUCTS
-    if shape.group_size < 128:
-        most = dispatch.GEMV_MAX_FINE_PRODUCTS
-    few = most // (shape.n * shape.k)
-    gemv = max(1, min(dispatch.GEMV_MAX_M, few)) if shape.n > 1 else 0
+    fine = shape.group_size < 128
+    two = dispatch.GEMV_FINE_PRODUCTS if fine else dispatch.GEMV_PRODUCTS
+    gemv = 1 + (2 * shape.n * shape.k <= two)
+    if shape.k >= dispatch.GEMV_MANY_MIN_K:
+        few = dispatch.GEMV_MANY_PRODUCTS // (shape.n * shape.k)
+        gemv = max(gemv, min(dispatch.GEMV_MAX_M, few))
+    if shape.n == 1:
+        gemv = 0
     small = shape.n * shape.k < dispatch.DECODE_SMALL
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
     if shape.group_size == 32 and shape.n * shape.k >= dispatch.DECODE_FINE:

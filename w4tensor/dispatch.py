@@ -28,14 +28,16 @@ __all__ = [
     "plan",
 ]
 
-# up to so many tokens, and tokens times weights, it is the fastest to take each token by itself
-# (kernels/gemv.py; us for 2 tokens, 4096 x 4096: 6.7, decode 7.1; 6144 x 4096: 9.5, decode 8.6; for
-# 4, 2048 x 4096: 6.0, decode 7.0; 4096 x 4096: 10.0, tile 7.2). With one token it always is. Groups
-# below 128 take it longer (2 tokens, group 32, 2880 x 4096: 5.6, decode 6.2; 5120 x 2880: 10.2,
-# decode 7.2; the border is interpolated)
+# tokens, and tokens times weights, up to which it is the fastest to take each token by itself
+# (kernels/gemv.py), as it always is with one. us for 2 tokens, 4096 x 4096: 6.4, decode 7.0; 6144 x
+# 4096: 9.5, decode 8.6; groups below 128, 2880 x 4096: 5.9, decode 6.2; 5120 x 2880: 10.2, decode
+# 7.2. For 4, 1024 x 2048: 2.5, decode 2.7; 2048 x 4096: 5.9, decode 5.4; and with so short a row
+# that a warp has nothing to do, 2048 x 512: 2.0, decode 1.8. The borders are interpolated
 GEMV_MAX_M = 4
-GEMV_MAX_PRODUCTS = 1 << 25
-GEMV_MAX_FINE_PRODUCTS = 3 << 23
+GEMV_PRODUCTS = 1 << 25
+GEMV_FINE_PRODUCTS = 3 << 23
+GEMV_MANY_PRODUCTS = 1 << 23
+GEMV_MANY_MIN_K = 1024
 # up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
 # x (28672 x 4096: 22.2 us for 2 tokens against 24.8; 24.7 for 3)
 DECODE_MAX_M = 2
@@ -213,9 +215,7 @@ def plan(problem: Problem, arch: Arch) -> Plan | GemvPlan | HopperPlan | ActQuan
         return ReferencePlan()
     if p.act == "int8":
         return plan_act_quant(p, arch)
-    most = GEMV_MAX_FINE_PRODUCTS if p.group_size < 128 else GEMV_MAX_PRODUCTS
-    few = p.m == 1 or (p.m <= GEMV_MAX_M and p.m * p.n * p.k <= most)
-    if few and serves_gemv(p.n, p.k, p.group_size, arch):
+    if _is_row_by_row(p) and serves_gemv(p.n, p.k, p.group_size, arch):
         return plan_gemv(p.m * p.batch, p.n, p.k, p.group_size, arch)
     tiled = serves(p, arch)
     if p.batch == 1 and p.m >= (DEQUANT_FROM_M if tiled else DEQUANT_FROM_M_ELSE):
@@ -254,6 +254,14 @@ def _decode_plan(p: Problem, arch: Arch) -> DecodePlan:
         evict="evict_first",
         pdl=arch.capability[0] >= HOPPER and p.k <= DECODE_PDL_MAX_K,
     )
+
+
+def _is_row_by_row(p: Problem) -> bool:
+    products = p.m * p.n * p.k
+    if p.m <= 2:
+        fine = p.group_size < 128
+        return p.m == 1 or products <= (GEMV_FINE_PRODUCTS if fine else GEMV_PRODUCTS)
+    return p.m <= GEMV_MAX_M and p.k >= GEMV_MANY_MIN_K and products <= GEMV_MANY_PRODUCTS
 
 
 def _decode_max_m(p: Problem) -> int:
