@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from w4tensor.kernels.dp4a import S8_S8, dp4a
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
-from w4tensor.kernels.unpack_act_quant import UNIT, dp4a
+from w4tensor.kernels.unpack_act_quant import UNIT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,9 +127,9 @@ def _dp4a_kernel(
                 for half in tl.static_range(HALVES):
                     d = tl.zeros([BLOCK_N, BLOCK_SLICES, 4], tl.int32)
                     if GROUP != 16 or half == 0:
-                        d = dp4a(low_w, low_x[m], d, ASM)
+                        d = dp4a(low_w, low_x[m], d, S8_S8, ASM)
                     if GROUP != 16 or half == 1:
-                        d = dp4a(high_w, high_x[m], d, ASM)
+                        d = dp4a(high_w, high_x[m], d, S8_S8, ASM)
                     part = tl.sum(d, 2).to(tl.float32)
                     if GROUP > 0 and ACT_GROUP > 0:
                         part *= scales[r * HALVES + half].to(tl.float32) * x_scales[m]

@@ -9,10 +9,8 @@ COALESCED weights times 16-bit activations by integer dot products (dp4a), witho
 All rows of a step are in flight at once, 512 contiguous bytes of each for a warp. Slots of a token
 follow one another along K, as one long row.
 
-x becomes 16-bit integers, for each slot and 128 k with a scale that is a power of two, and those
-two planes of bytes, x = (256 * high + low) * unit: numbers down to 1 / 128 of the largest among the
-128 (of fp16: 1 / 16) are exact, others lose at most 2**-15 of that largest. That is less than tiles
-lose by rounding weights to 16 bits. A row with an Inf or NaN among its x gives NaN.
+x becomes two planes of bytes, for each slot and 128 k with a scale of their own (planes.py). A row
+with an Inf or NaN among its x gives NaN.
 
 Products are summed in integers over a group of weights, or the 128 k at most, then in fp32, over
 threads in a fixed tree: two runs give the same bits.
@@ -34,8 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
+from w4tensor.kernels.dp4a import U8_S8, U8_U8, dp4a
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.launcher import Launcher
+from w4tensor.kernels.planes import as_planes, four
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 
 if TYPE_CHECKING:
@@ -46,142 +46,29 @@ if TYPE_CHECKING:
 LOW_NIBBLES = tl.constexpr(0x0F0F0F0F)
 HIGH_NIBBLES = tl.constexpr(-0x0F0F0F10)
 ONES = tl.constexpr(0x01010101)
-# what makes the low bits of an fp32 those of the integer that is added to it, in [-2**22, 2**22)
-ROUND = tl.constexpr(1.5 * 2**23)
 # high nibbles stand for 16 times their codes: sums are in units of 1 / UNIT
 UNIT = tl.constexpr(16)
 
 
 @triton.jit
-def _dot(w, x, c, SIGNED: tl.constexpr, ASM: tl.constexpr):
-    """c + the sum of products of bytes: unsigned ones of w, and of x as SIGNED says."""
-    if ASM and SIGNED:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [w, x, c],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    elif ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.u32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [w, x, c],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        shift = tl.arange(0, 4)[None, :] * 8
-        xs = x[:, None] << (24 - shift) >> 24
-        if not SIGNED:
-            xs = xs & 255
-        return c + tl.sum((w[:, None] >> shift & 255) * xs, 1)
-
-
-@triton.jit
-def _planes(a, b, c, d, ASM: tl.constexpr):
-    """Bytes 1 of four int32, as a word, and bytes 0."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            """{
-                .reg .b32 l, h;
-                prmt.b32 l, $2, $3, 0x5410;
-                prmt.b32 h, $4, $5, 0x5410;
-                prmt.b32 $0, l, h, 0x7531;
-                prmt.b32 $1, l, h, 0x6420;
-            }""",
-            "=r,=r,r,r,r,r",
-            [a, b, c, d],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        high = (a >> 8 & 255) | (b >> 8 & 255) << 8 | (c >> 8 & 255) << 16 | (d >> 8 & 255) << 24
-        low = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24
-        return high, low
-
-
-@triton.jit
-def _larger_bf16(a, b):
-    return tl.inline_asm_elementwise(
-        "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _larger_fp16(a, b):
-    return tl.inline_asm_elementwise(
-        "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _numbers(pairs, DTYPE: tl.constexpr):
-    """The two numbers of each pair, as fp32."""
-    if DTYPE == tl.bfloat16:
-        low = (pairs << 16).to(tl.float32, bitcast=True)
-        high = (pairs & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = pairs.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _exponents(pairs, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Pairs [16, T] -> exponents [T] with 2**(e - 127) <= the largest number that four threads, a
-    block of 128 k, have: 255 where one is not finite, and at least 15."""
-    T: tl.constexpr = pairs.shape[1]
-    sizes = pairs & 0x7FFF7FFF
-    if ASM and DTYPE == tl.bfloat16:
-        sizes = tl.reduce(sizes, 0, _larger_bf16)
-    elif ASM:
-        sizes = tl.reduce(sizes, 0, _larger_fp16)
-    a, b = _numbers(sizes, DTYPE)
-    # of numbers without a sign, the order of bits is theirs; NaN is the largest
-    largest = tl.maximum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True))
-    if not ASM:
-        largest = tl.max(largest, 0)
-    largest = tl.max(largest.reshape(T // 4, 4), 1)
-    e = tl.maximum(largest >> 23, 15)
-    return (e[:, None] + tl.zeros([1, 4], tl.int32)).reshape(T)
-
-
-@triton.jit
-def _four(v):
-    """[T, 4] -> four tensors [T]."""
-    even, odd = v.reshape(v.shape[0], 2, 2).split()
-    v0, v2 = even.split()
-    v1, v3 = odd.split()
-    return v0, v1, v2, v3
-
-
-@triton.jit
-def _integers(pairs, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Pairs of x [(i, p, q', thread)] -> of each thread's words i: bytes that belong to their low
-    nibbles, and to their high ones, in two planes each; and unit [T]."""
-    T: tl.constexpr = pairs.shape[0] // 16
-    e = _exponents(pairs.reshape(16, T), DTYPE, ASM)
-    scale = ((268 - e) << 23).to(tl.float32, bitcast=True)
-    unit = tl.where(e < 255, (e - 14) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    # k = 32i + 16p + 8q' + 2t + r, of r = 0 and of r = 1
-    even, odd = _numbers(pairs, DTYPE)
-    even = (even.reshape(16, T) * scale[None, :] + ROUND).to(tl.int32, bitcast=True)
-    odd = (odd.reshape(16, T) * scale[None, :] + ROUND).to(tl.int32, bitcast=True)
-    # -> [i, q', T] of p = 0 and p = 1; bytes of a word are r, then p
-    a, b = even.reshape(4, 2, 2, T).trans(0, 2, 3, 1).split()
-    c, d = odd.reshape(4, 2, 2, T).trans(0, 2, 3, 1).split()
-    high, low = _planes(a, b, c, d, ASM)
-    # q' is whether a nibble is the high one
-    high_0, high_1 = high.trans(0, 2, 1).split()
-    low_0, low_1 = low.trans(0, 2, 1).split()
-    high_x = _four(high_0.trans(1, 0)), _four(high_1.trans(1, 0))
-    low_x = _four(low_0.trans(1, 0)), _four(low_1.trans(1, 0))
-    return high_x, low_x, unit
+def _sums_of_words(planes, ASM: tl.constexpr):
+    """UNIT times the sums of x of each of four words, and of all of them; in two planes."""
+    high_x, low_x = planes
+    none = tl.zeros(high_x[0][0].shape, tl.int32)
+    high_sums = ()
+    low_sums = ()
+    high_all = none
+    low_all = none
+    for i in tl.static_range(4):
+        high = dp4a(none + ONES, high_x[0][i], none, U8_S8, ASM)
+        low = dp4a(none + ONES, low_x[0][i], none, U8_U8, ASM)
+        high = dp4a(none + ONES, high_x[1][i], high, U8_S8, ASM) * UNIT
+        low = dp4a(none + ONES, low_x[1][i], low, U8_U8, ASM) * UNIT
+        high_sums += (high,)
+        low_sums += (low,)
+        high_all += high
+        low_all += low
+    return high_sums + (high_all,), low_sums + (low_all,)
 
 
 @triton.jit
@@ -196,32 +83,31 @@ def _step(
     words,
     scale,
     zero,
-    high_x,
-    low_x,
-    # UNIT times the sums of x of each word, in two planes, and of all words
-    high_sums,
-    low_sums,
+    # what as_planes() and _sums_of_words() made of x
+    planes,
+    sums,
     unit,
     FINE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """acc [T] + one row's chunks."""
-    w0, w1, w2, w3 = _four(words)
-    w = w0, w1, w2, w3
+    high_x, low_x = planes
+    high_sums, low_sums = sums
+    w = four(words)
     none = tl.zeros(acc.shape, tl.int32)
     if FINE:
-        s = _four(scale.to(tl.float32))
+        s = four(scale.to(tl.float32))
         part = tl.zeros(acc.shape, tl.float32)
         for i in tl.static_range(4):
             low_w = w[i] & LOW_NIBBLES
             high_w = w[i] & HIGH_NIBBLES
-            high = _dot(low_w, high_x[0][i], none, True, ASM) * UNIT
-            low = _dot(low_w, low_x[0][i], none, False, ASM) * UNIT
-            high += _dot(high_w, high_x[1][i], high_sums[i] * -8, True, ASM)
-            low += _dot(high_w, low_x[1][i], low_sums[i] * -8, False, ASM)
+            high = dp4a(low_w, high_x[0][i], none, U8_S8, ASM) * UNIT
+            low = dp4a(low_w, low_x[0][i], none, U8_U8, ASM) * UNIT
+            high += dp4a(high_w, high_x[1][i], high_sums[i] * -8, U8_S8, ASM)
+            low += dp4a(high_w, low_x[1][i], low_sums[i] * -8, U8_U8, ASM)
             d = _sum(high, low)
             if zero is not None:
-                z = _four(zero.to(tl.float32))
+                z = four(zero.to(tl.float32))
                 d -= (z[i] - SYMMETRIC_ZERO_POINT) * _sum(high_sums[i], low_sums[i])
             part += d * s[i]
         return acc + part * unit
@@ -233,10 +119,10 @@ def _step(
         for i in tl.static_range(4):
             low_w = w[i] & LOW_NIBBLES
             high_w = w[i] & HIGH_NIBBLES
-            high_0 = _dot(low_w, high_x[0][i], high_0, True, ASM)
-            low_0 = _dot(low_w, low_x[0][i], low_0, False, ASM)
-            high_1 = _dot(high_w, high_x[1][i], high_1, True, ASM)
-            low_1 = _dot(high_w, low_x[1][i], low_1, False, ASM)
+            high_0 = dp4a(low_w, high_x[0][i], high_0, U8_S8, ASM)
+            low_0 = dp4a(low_w, low_x[0][i], low_0, U8_U8, ASM)
+            high_1 = dp4a(high_w, high_x[1][i], high_1, U8_S8, ASM)
+            low_1 = dp4a(high_w, low_x[1][i], low_1, U8_U8, ASM)
         d = _sum(high_0 * UNIT + high_1, low_0 * UNIT + low_1)
         if zero is not None:
             d -= (zero.to(tl.float32) - SYMMETRIC_ZERO_POINT) * _sum(high_sums[4], low_sums[4])
@@ -274,9 +160,8 @@ def _groups(
 
 @triton.jit
 def _load_rows(
-    w_ptr,
-    scale_ptr,
-    zero_ptr,
+    # words, scales and zero points, these maybe None
+    w,
     rows,
     expert,
     chunk,
@@ -286,9 +171,9 @@ def _load_rows(
     n_groups,
     GROUP: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Words, scales and zero points of chunks of each row; all in flight at once."""
+    w_ptr, scale_ptr, zero_ptr = w
     words = ()
     scales = ()
     zeros = ()
@@ -299,14 +184,14 @@ def _load_rows(
         # rows are multiples of as many groups as a block has
         first_group = tl.multiple_of(first_group, [128 // GROUP])
     scale_ptr += first_group
-    for r in tl.static_range(ROWS):
+    for r in tl.static_range(len(rows)):
         at = (w_ptr + (rows[r] * n_chunks + chunk) * 4)[:, None] + tl.arange(0, 4)[None, :]
         words += (tl.load(at, mask=ok[:, None], other=0, eviction_policy="evict_first"),)
-    for r in tl.static_range(ROWS):
+    for r in tl.static_range(len(rows)):
         scales += (_groups(scale_ptr, rows[r], chunk, ok, n_groups, GROUP, WHOLE_BLOCKS),)
     if zero_ptr is not None:
         zero_ptr += first_group
-        for r in tl.static_range(ROWS):
+        for r in tl.static_range(len(rows)):
             zeros += (_groups(zero_ptr, rows[r], chunk, ok, n_groups, GROUP, WHOLE_BLOCKS),)
     return words, scales, zeros
 
@@ -358,11 +243,8 @@ def _row(first, r, N, ROWS: tl.constexpr, GATE: tl.constexpr):
             return 2 * (first + r % HALF) + r // HALF
 
 
-_SIZES = ["items", "M", "N", "K", "E", "n_chunks", "n_groups", "stride_x"]
-
-
 # one binary for weights of every size
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["items", "M", "N", "K", "E", "n_chunks", "n_groups", "stride_x"])
 def _gemv_kernel(
     x_ptr,
     ids_ptr,
@@ -411,24 +293,13 @@ def _gemv_kernel(
         rows += (_row(n0, r, N, ROWS, GATE),)
     pairs_ptr = (x_ptr + item * TOP_K // X_DIV * stride_x).to(tl.pointer_type(tl.int32))
     total = TOP_K * n_chunks
+    w = w_ptr, scale_ptr, zero_ptr
 
-    c = tl.arange(0, THREADS)
-    slot, chunk, expert, ok = _slots(ids_ptr, item, c, M, E, n_chunks, TOP_K)
+    thread = tl.arange(0, THREADS)
+    slot, chunk, expert, ok = _slots(ids_ptr, item, thread, M, E, n_chunks, TOP_K)
     # weights are nobody's output
     words, scales, zeros = _load_rows(
-        w_ptr,
-        scale_ptr,
-        zero_ptr,
-        rows,
-        expert,
-        chunk,
-        ok,
-        N,
-        n_chunks,
-        n_groups,
-        GROUP,
-        WHOLE_BLOCKS,
-        ROWS,
+        w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
     )
     if PDL == "second":
         tl.extra.cuda.gdc_wait()
@@ -438,9 +309,7 @@ def _gemv_kernel(
     for first in tl.range(0, total, THREADS, num_stages=1):
         # pairs of x [(i, p, q', thread)], in the order in which Triton deals them to registers
         f = tl.arange(0, 16 * THREADS)
-        x_slot, x_chunk, x_expert, x_ok = _slots(
-            ids_ptr, item, first + f % THREADS, M, E, n_chunks, TOP_K
-        )
+        x_slot, x_chunk, _, x_ok = _slots(ids_ptr, item, first + f % THREADS, M, E, n_chunks, TOP_K)
         # t, in a form that keeps neighbours from being taken for one load of 16 bytes
         t = (3 - x_chunk % 4) ^ 3
         pair = x_chunk // 4 * 64 + t
@@ -450,78 +319,26 @@ def _gemv_kernel(
         # added last, for one address to serve all of a thread's loads
         x_ptrs = pairs_ptr + (x_slot * (stride_x // 2) + pair) + of_thread
         pairs = tl.load(x_ptrs, mask=x_ok, other=0)
-        following = first + THREADS + tl.arange(0, THREADS)
+        following = first + THREADS + thread
         next_slot, chunk, expert, ok = _slots(ids_ptr, item, following, M, E, n_chunks, TOP_K)
         if AHEAD:
             next_words, next_scales, next_zeros = _load_rows(
-                w_ptr,
-                scale_ptr,
-                zero_ptr,
-                rows,
-                expert,
-                chunk,
-                ok,
-                N,
-                n_chunks,
-                n_groups,
-                GROUP,
-                WHOLE_BLOCKS,
-                ROWS,
+                w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
             )
-        high_x, low_x, unit = _integers(pairs, DTYPE, ASM)
-        none = tl.zeros([THREADS], tl.int32)
-        high_sums = ()
-        low_sums = ()
-        high_all = none
-        low_all = none
-        for i in tl.static_range(4):
-            high = _dot(none + ONES, high_x[0][i], none, True, ASM)
-            low = _dot(none + ONES, low_x[0][i], none, False, ASM)
-            high = _dot(none + ONES, high_x[1][i], high, True, ASM) * UNIT
-            low = _dot(none + ONES, low_x[1][i], low, False, ASM) * UNIT
-            high_sums += (high,)
-            low_sums += (low,)
-            high_all += high
-            low_all += low
-        high_sums += (high_all,)
-        low_sums += (low_all,)
+        planes, unit = as_planes(pairs, DTYPE, ASM)
+        x_sums = _sums_of_words(planes, ASM)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + item * TOP_K + slot, mask=slot < TOP_K, other=0.0)
             unit *= weight.to(tl.float32)
         updated = ()
         for r in tl.static_range(ROWS):
             zero = zeros[r] if zero_ptr is not None else None
-            updated += (
-                _step(
-                    accs[r],
-                    words[r],
-                    scales[r],
-                    zero,
-                    high_x,
-                    low_x,
-                    high_sums,
-                    low_sums,
-                    unit,
-                    FINE,
-                    ASM,
-                ),
-            )
+            acc = _step(accs[r], words[r], scales[r], zero, planes, x_sums, unit, FINE, ASM)
+            updated += (acc,)
         accs = updated
         if not AHEAD:
             next_words, next_scales, next_zeros = _load_rows(
-                w_ptr,
-                scale_ptr,
-                zero_ptr,
-                rows,
-                expert,
-                chunk,
-                ok,
-                N,
-                n_chunks,
-                n_groups,
-                GROUP,
-                WHOLE_BLOCKS,
-                ROWS,
+                w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
             )
         slot = next_slot
         words = next_words
@@ -538,10 +355,10 @@ def _gemv_kernel(
         r = tl.arange(0, ROWS)
         row = _row(n0, r, N, ROWS, GATE)
         for j in tl.static_range(TOP_K):
-            of_bias = _slots(ids_ptr, item, j * n_chunks + r * 0, M, E, n_chunks, TOP_K)
+            _, _, expert, ok = _slots(ids_ptr, item, j * n_chunks + r * 0, M, E, n_chunks, TOP_K)
             # a Linear's bias is that of every item
-            at = row if ids_ptr is None else of_bias[2] * N + row
-            bias = tl.load(bias_ptr + at, mask=of_bias[3], other=0.0).to(tl.float32)
+            at = row if ids_ptr is None else expert * N + row
+            bias = tl.load(bias_ptr + at, mask=ok, other=0.0).to(tl.float32)
             if weight_ptr is not None:
                 bias *= tl.load(weight_ptr + item * TOP_K + j).to(tl.float32)
             y += bias

@@ -80,22 +80,3 @@ def word_order(x):
     BK: tl.constexpr = x.shape[0]
     # [block, t, q', i, r, p] -> [block, i, p, q', t, r]
     return x.reshape(BK // 128, 4, 2, 4, 2, 2).trans(0, 3, 5, 2, 1, 4).reshape(BK)
-
-
-@triton.jit
-def dp4a(a, b, c, ASM: tl.constexpr):
-    """c + the sum of the four products of the int8 in words a and b."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [a, b, c],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        for byte in tl.static_range(4):
-            # shifted up, then down again with the sign
-            c += (a << (24 - 8 * byte) >> 24) * (b << (24 - 8 * byte) >> 24)
-        return c

@@ -14,7 +14,7 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, lower
 from w4tensor.dispatch_gemv import warps_per_sm
-from w4tensor.kernels.gemv import _SIZES, MAX_REGISTERS, _gemv_kernel
+from w4tensor.kernels.gemv import MAX_REGISTERS, _gemv_kernel
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -52,7 +52,7 @@ def _lower(
         num_warps=num_warps,
         num_stages=1,
         capability=capability,
-        unaligned=tuple(_SIZES),
+        unaligned=tuple(_gemv_kernel.do_not_specialize),
         **({"maxnreg": MAX_REGISTERS} if ahead and group >= 128 and not zero else {}),
     )
 
