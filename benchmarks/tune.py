@@ -66,7 +66,8 @@ def candidates(p: Point, target: Arch) -> list:
     for tile, split_k, whole in dispatch_hopper.candidates(p.problem, target.num_sms):
         for pdl in (False, True) if p.m < 64 else (True,):
             shape = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
-            plans.append(HopperPlan(*shape, split_k, whole, pdl=pdl))
+            plan = HopperPlan(*shape, split_k, whole, pdl=pdl, pipelined=tile.pipelined)
+            plans.append(plan)
     if p.m >= 1024:
         rows = dispatch.workspace_rows(p.problem)
         plans += [DequantPlan(rows), DequantPlan(max(256, rows // 512 * 256))]

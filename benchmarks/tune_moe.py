@@ -33,6 +33,7 @@ from benchmarks import timing
 from w4tensor import arch, moe
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch
 from w4tensor.dispatch_experts import (
+    SLICES,
     ActQuantGroupedPlan,
     ExpertsPlan,
     ExpertsProblem,
@@ -73,6 +74,8 @@ TILES_OF_TOKENS = (8, 16, 32, 64, 128, 256)
 # sums in int32 and in fp32 leave no registers for more
 INT8_MAX_TOKENS = 64
 SHARED_BYTES = 227 << 10
+# least steps of a slice of K
+STEPS_OF_SLICE = 8
 SHOWN = 3
 # 36 dB of signal to noise
 ACT_QUANT_ERR = 10 ** (-36 / 20)
@@ -121,15 +124,19 @@ def grouped_candidates(block_m: int, kwidth: int, fine: bool) -> Iterator[Groupe
                 yield GroupedPlan(block_m, block_n, after, order, warps, stages, narrow_m)
 
 
-def hopper_candidates(block_m: int) -> Iterator[HopperGroupedPlan]:
-    for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 5)):
+def hopper_candidates(block_m: int, slices: tuple[int, ...] = (1,)) -> Iterator[HopperGroupedPlan]:
+    for block_n, warps, stages, pipelined, split_k in itertools.product(
+        (64, 128), (4, 8), (2, 3, 4, 5), (True, False), slices
+    ):
         sums = block_m * block_n // (32 * warps)
         shared = stages * (block_n * 64 + block_m * 256)
         # a warp has 16 or 32 rows
         if block_n < 16 * warps or sums > 128 or shared > SHARED_BYTES:
             continue
         for narrow_m in _narrow_on_hopper(block_m):
-            yield HopperGroupedPlan(block_m, block_n, warps, stages, narrow_m, pdl=False)
+            yield HopperGroupedPlan(
+                block_m, block_n, warps, stages, narrow_m, False, split_k, pipelined
+            )
 
 
 def hopper_int8_candidates(block_m: int) -> Iterator[HopperInt8GroupedPlan]:
@@ -167,9 +174,9 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     kwidth = 2 if target.triton >= KWIDTH_2_EVERYWHERE else 4
     int8 = problem.act_group_size is not None
 
-    def grouped(block_m: int) -> Iterator[Plan]:
+    def grouped(block_m: int, slices: tuple[int, ...] = (1,)) -> Iterator[Plan]:
         if target.capability[0] == HOPPER:
-            yield from hopper_candidates(block_m)
+            yield from hopper_candidates(block_m, slices)
             if int8:
                 yield from hopper_int8_candidates(block_m)
         elif not int8 or (block_m == 8 and kwidth == 4):
@@ -194,7 +201,9 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
         at = next((i for i, m in enumerate(tiles) if mean <= m), len(tiles) - 1)
         for block_m in tiles[max(0, at - 1) : at + 2]:
             first += grouped(block_m)
-            second += grouped(block_m)
+            # what a block's sum over slots can add, and slices that are worth a start
+            slices = [s for s in SLICES if s == 1 or problem.inter >= STEPS_OF_SLICE * 128 * s]
+            second += grouped(block_m, tuple(slices))
     return first, second
 
 

@@ -16,11 +16,12 @@ on a Hopper where scales are coarse.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, MIN_CAPABILITY, Arch
 from w4tensor.dispatch_gemv import GemvPlan, plan_gemv, serves_gemv
+from w4tensor.dispatch_hopper import FILL
 from w4tensor.errors import Unsupported
 
 __all__ = [
@@ -127,7 +128,12 @@ class GroupedPlan:
 
 @dataclass(frozen=True, slots=True)
 class HopperGroupedPlan:
-    """One launch of kernels/grouped_hopper.py, on sorted rows; fields as in GroupedPlan."""
+    """One launch of kernels/grouped_hopper.py, on sorted rows; fields as in GroupedPlan.
+
+    Fields:
+        split_k: slices of K, whose sums are left to be added; 1 in a block's first product.
+        pipelined: as in HopperPlan.
+    """
 
     block_m: int
     block_n: int
@@ -135,10 +141,14 @@ class HopperGroupedPlan:
     num_stages: int
     narrow_m: int = 0
     pdl: bool = True
+    split_k: int = 1
+    pipelined: bool = True
 
     @property
     def name(self) -> str:
-        return f"grouped {self.block_m}x{self.block_n}"
+        split = f"/{self.split_k}" if self.split_k > 1 else ""
+        how = "" if self.pipelined else " unpipelined"
+        return f"grouped {self.block_m}x{self.block_n}{split}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +202,22 @@ HOPPER_TILES = (
     (math.inf, HopperGroupedPlan(256, 128, 8, 3, narrow_m=64)),
 )
 
+# tiles of at most so many rows are not pipelined (kernels/hopper_loop.py) where K is no longer than
+# this; in the first product, if an expert has more rows than this on average. us of a block on an
+# H200 with both products pipelined, with the first, with none: E=256, 16 tokens 61.2, 58.9, 60.2;
+# 128 tokens 131, 125, 124; 512 tokens 191, 173, 163; 1600 tokens (64 rows a tile) 276, 284, 288.
+# Mixtral, 64 tokens, with both and with the second: 256, 244
+UNPIPELINED_M = 32
+UNPIPELINED_K = 4096
+UNPIPELINED_ROWS = 2.25
+UNPIPELINED_STAGES = 3
+# a longer K of the second product is cut into slices: tiles of at most so many rows, of which so
+# many programs share a multiprocessor. Mixtral, us: 3 tokens 124 by 2 slices (whole 162), 4 142
+# (170), 8 178 by 3 (191), 16 205 by 3 (211), 32 219 by 3 (231)
+SLICED_M = 16
+SLICED_RESIDENT = 3
+SLICES = (1, 2, 3, 4)
+
 # the same of int8 tiles, where tokens have one scale each
 HOPPER_INT8_TILES = (
     (3.0, HopperInt8GroupedPlan(8, 128, 256, 4, 3)),
@@ -244,7 +270,36 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
         )
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
-    return ExpertsPlan(first=tile, second=tile)
+    if not isinstance(tile, HopperGroupedPlan):
+        return ExpertsPlan(first=tile, second=tile)
+    return ExpertsPlan(
+        first=_of_first_product(tile, p),
+        second=_of_second_product(tile, p, arch),
+    )
+
+
+def _of_first_product(tile: HopperGroupedPlan, p: ExpertsProblem) -> HopperGroupedPlan:
+    return for_short_loops(tile, p.hidden) if p.rows_an_expert > UNPIPELINED_ROWS else tile
+
+
+def _of_second_product(tile: HopperGroupedPlan, p: ExpertsProblem, arch: Arch) -> HopperGroupedPlan:
+    """K cut where programs are few: rounds of them that the card takes, times steps and a start."""
+    if p.inter <= UNPIPELINED_K or tile.block_m > SLICED_M:
+        return for_short_loops(tile, p.inter)
+    programs = math.ceil(p.pairs / p.rows_an_expert) * -(-p.hidden // tile.block_n)
+    steps = -(-p.inter // BLOCK_K)
+
+    def cost(split_k: int) -> float:
+        rounds = -(-programs * split_k // (SLICED_RESIDENT * arch.num_sms))
+        return rounds * (-(-steps // split_k) + FILL)
+
+    return replace(tile, split_k=min(SLICES, key=cost))
+
+
+def for_short_loops(tile: HopperGroupedPlan, k: int) -> HopperGroupedPlan:
+    if k > UNPIPELINED_K or tile.block_m > UNPIPELINED_M:
+        return tile
+    return replace(tile, num_stages=UNPIPELINED_STAGES, pipelined=False)
 
 
 def _plan_few(

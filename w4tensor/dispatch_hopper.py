@@ -55,6 +55,8 @@ class HopperPlan:
         group_n: row tiles that share x in L2.
         pdl: start under programmatic dependent launch and read weights before the kernel ahead is
             done.
+        pipelined: one half of a step is unpacked while the other is multiplied, which takes
+            registers; otherwise more programs share a multiprocessor.
     """
 
     block_m: int
@@ -65,11 +67,13 @@ class HopperPlan:
     whole: int = 0
     group_n: int = 8
     pdl: bool = False
+    pipelined: bool = True
 
     @property
     def name(self) -> str:
         after = f" after {self.whole}" if self.whole else ""
-        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}{after}"
+        how = "" if self.pipelined else " unpipelined"
+        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}{after}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +87,10 @@ class HopperTile:
     resident: int
     alone: float
     shared: float
+    pipelined: bool = True
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.363, shared=0.149),
     HopperTile(8, 128, 4, 4, resident=3, alone=0.543, shared=0.212),
     HopperTile(16, 64, 4, 4, resident=5, alone=0.299, shared=0.172),
     HopperTile(16, 128, 4, 4, resident=3, alone=0.409, shared=0.330),
@@ -103,6 +107,11 @@ TILES = (
     HopperTile(192, 64, 4, 2, resident=2, alone=0.862, shared=0.498),
     HopperTile(192, 64, 4, 3, resident=1, alone=0.571, shared=0.571),
     HopperTile(256, 128, 8, 3, resident=1, alone=1.227, shared=1.227),
+    HopperTile(8, 64, 4, 4, resident=8, alone=0.427, shared=0.147, pipelined=False),
+    HopperTile(16, 64, 4, 4, resident=6, alone=0.428, shared=0.150, pipelined=False),
+    HopperTile(16, 128, 4, 3, resident=4, alone=0.445, shared=0.250, pipelined=False),
+    HopperTile(32, 128, 4, 3, resident=3, alone=0.792, shared=0.374, pipelined=False),
+    HopperTile(64, 128, 4, 3, resident=3, alone=1.273, shared=0.456, pipelined=False),
 )
 FILL = 2.94
 ADD_SLICE = 0.55
@@ -149,6 +158,7 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
         split_k,
         whole,
         pdl=split_k > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS,
+        pipelined=tile.pipelined,
     )
 
 

@@ -148,7 +148,11 @@ def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) 
         return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
     assert routing.rows is not None and not isinstance(plan.first, FewPlan)
     assert plan.second.block_m == plan.first.block_m, "the tiles are those of the first product"
-    pairs = torch.empty(tokens * top_k, n, dtype=h.dtype, device=h.device)
+    split_k = plan.second.split_k if isinstance(plan.second, HopperGroupedPlan) else 1
+    if split_k > 1:
+        pairs = torch.empty(split_k, tokens * top_k, n, dtype=torch.float32, device=h.device)
+    else:
+        pairs = torch.empty(tokens * top_k, n, dtype=h.dtype, device=h.device)
     _grouped(h, routing.rows, down, pairs, plan.second, scatter=True)
     return combine(pairs, routing.ids, routing.weight, y, n_experts, plan.second.pdl)
 

@@ -2,6 +2,9 @@
 
 What kernels/grouped.py does, by the loop of hopper_loop.py: x has to stand sorted in memory
 (kernels/gather.py). W is COALESCED, or ACT_QUANT with x in word order.
+
+Where the tiles of few experts do not fill the card, K is cut into SPLIT_K slices, whose sums are
+stored in fp32 for another launch to add (kernels/combine.py).
 """
 
 from __future__ import annotations
@@ -44,6 +47,10 @@ def _tile(
     expert,
     first,
     end,
+    # of this slice of K: its number, its first step and the one behind its last
+    k_slice,
+    begin_step,
+    end_step,
     N,
     E,
     steps,
@@ -58,6 +65,7 @@ def _tile(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
+    PIPELINED: gl.constexpr,
 ):
     """Rows first .. end - 1, no more than x_desc's block has, of an expert's columns pid_n."""
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
@@ -79,8 +87,8 @@ def _tile(
             scale_ptr,
             zero_ptr,
             n_groups,
-            0,
-            steps,
+            begin_step,
+            end_step,
             steps,
             BLOCK_N,
             GROUP,
@@ -90,6 +98,7 @@ def _tile(
             WARPS,
             STAGES,
             EARLY,
+            PIPELINED,
         )
         acc = sums[0]
         if bias_ptr is not None:
@@ -97,11 +106,11 @@ def _tile(
             bias = gl.load(
                 bias_ptr + expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
             )
-            acc += bias.to(gl.float32).expand_dims(1)
+            acc += gl.where(k_slice == 0, bias.to(gl.float32), 0.0).expand_dims(1)
     store_rows(acc, y_ptr, order_ptr, pid_n, first, end, N, SCATTER, GATE, ACT)
 
 
-@gluon.jit(do_not_specialize=["steps"])
+@gluon.jit(do_not_specialize=["n_rows", "steps"])
 def _grouped_hopper_kernel(
     x_desc,
     # of the same x: tiles of no more rows than its block multiply no more; None: all are x_desc's
@@ -113,11 +122,13 @@ def _grouped_hopper_kernel(
     scale_ptr,
     zero_ptr,
     bias_ptr,
+    n_rows,
     N,
     E,
     steps,
     n_groups,
     BLOCK_N: gl.constexpr,
+    SPLIT_K: gl.constexpr,
     SCATTER: gl.constexpr,
     # 0 where the row is one group
     GROUP: gl.constexpr,
@@ -131,6 +142,7 @@ def _grouped_hopper_kernel(
     PDL: gl.constexpr,
     # whether the kernel ahead may still be writing tiles
     WAIT_FOR_TILES: gl.constexpr,
+    PIPELINED: gl.constexpr,
 ):
     EARLY: gl.constexpr = PDL and not WAIT_FOR_TILES
     if PDL and WAIT_FOR_TILES:
@@ -145,6 +157,13 @@ def _grouped_hopper_kernel(
         # done before the one ahead, and the next one would take both for done
         if (first >= end) | (expert >= E):
             tl.extra.cuda.gdc_wait()
+    k_slice = gl.program_id(2)
+    begin_step = 0
+    end_step = steps
+    if SPLIT_K > 1:
+        begin_step = steps * k_slice // SPLIT_K
+        end_step = steps * (k_slice + 1) // SPLIT_K
+        y_ptr += k_slice.to(gl.int64) * n_rows * N
     # slots of the list that no expert needed are empty; an expert's last tile may be short
     SIZES: gl.constexpr = 1 if narrow_desc is None else 2
     narrow = False
@@ -164,6 +183,9 @@ def _grouped_hopper_kernel(
                 expert,
                 first,
                 end,
+                k_slice,
+                begin_step,
+                end_step,
                 N,
                 E,
                 steps,
@@ -178,6 +200,7 @@ def _grouped_hopper_kernel(
                 WARPS,
                 STAGES,
                 EARLY,
+                PIPELINED,
             )
 
 
@@ -247,6 +270,9 @@ def multiply_grouped_hopper(
 ) -> Tensor:
     """Fill the rows of y [rows, N], or [rows, N / 2] with a gate, that `tiles` lists.
 
+    Where the plan has split_k > 1, y is fp32 [split_k, rows, N], sums of slices of K, and there is
+    neither gate nor act.
+
     Args:
         x: [rows, K], sorted by expert, or [rows, padded_k(K)] in word order where qdata is
             ACT_QUANT. The rest as kernels/grouped.py has it, qdata contiguous.
@@ -263,8 +289,9 @@ def multiply_grouped_hopper(
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
+    assert plan.split_k <= steps and (plan.split_k == 1 or gate == act == "none")
     _launch_grouped_hopper(
-        (-(-n_out // out), tiles.shape[0]),
+        (-(-n_out // out), tiles.shape[0], plan.split_k),
         *(
             descriptor(x, tuple(x.shape), x.stride(0), (rows, 128), dtype) if rows else None
             for rows in (plan.block_m, plan.narrow_m)
@@ -276,11 +303,13 @@ def multiply_grouped_hopper(
         scale,
         zero_point,
         bias,
+        y.shape[-2],
         n,
         n_experts,
         steps,
         scale.shape[-1],
         BLOCK_N=plan.block_n,
+        SPLIT_K=plan.split_k,
         SCATTER=scatter,
         GROUP=0 if scale.shape[-1] == 1 else group_size,
         WHOLE_STEPS=scale.shape[-1] * group_size % 128 == 0,
@@ -291,6 +320,7 @@ def multiply_grouped_hopper(
         STAGES=plan.num_stages,
         PDL=plan.pdl,
         WAIT_FOR_TILES=wait_for_tiles,
+        PIPELINED=plan.pipelined,
         num_warps=plan.num_warps,
         **({"launch_pdl": True} if plan.pdl else {}),
     )

@@ -6,6 +6,10 @@ being unpacked, so that it need not wait, nor need the unpacking.
     unpack     | (j, k 64..127)  | (j + 1, k 0..63) | (j + 1, k 64..127) | ...
     multiply   | (j, k 0..63)    | (j, k 64..127)   | (j + 1, k 0..63)   | ...
 
+PIPELINED tiles do so. It takes the registers of two halves; without, more programs share a
+multiprocessor, and one unpacks while another multiplies. That is faster where loops are short or
+scales are fine, and tiles are many.
+
 Weights go from shared memory through registers to the matrix unit (wgmma's register operand); x and
 words come by the tensor memory accelerator, STAGES steps ahead.
 
@@ -312,6 +316,16 @@ def _wait(acc, z, ALL_BUT: gl.constexpr):
 
 
 @gluon.jit
+def _settle(acc, z, newest, PIPELINED: gl.constexpr):
+    """Until the multiplication that reads z is done, and if not PIPELINED the newest as well."""
+    if PIPELINED:
+        acc, z = _wait(acc, z, 1)
+    else:
+        acc, newest = _wait(acc, newest, 0)
+    return acc, z, newest
+
+
+@gluon.jit
 def accumulate(
     x_desc,
     x_row,
@@ -336,6 +350,7 @@ def accumulate(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
+    PIPELINED: gl.constexpr,
 ):
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
@@ -392,7 +407,7 @@ def accumulate(
         zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
     z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_a, xs, 0, 0, acc)
-    acc, z_a = _wait(acc, z_a, 1)
+    acc, z_a = _wait(acc, z_a, 1 if PIPELINED else 0)
     for step in range(begin + 1, end):
         z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_b, xs, stage, 1, acc)
@@ -403,7 +418,7 @@ def accumulate(
             phase ^= 1
         mbarrier.wait(full.index(stage), phase)
         words = _words(ws.index(stage), WARPS, GATE)
-        acc, z_a = _wait(acc, z_a, 1)
+        acc, z_a, z_b = _settle(acc, z_a, z_b, PIPELINED)
         words_a, words_b = _halves(words)
         terms_a, terms_b = _prepare(scale, zero, words, DTYPE, FAST)
         # of the step after this one
@@ -413,7 +428,7 @@ def accumulate(
             zero = _groups(zero_ptr, row, following, n_groups, GROUP, WHOLE_STEPS, WORDS, ACROSS)
         z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_a, xs, stage, 0, acc)
-        acc, z_b = _wait(acc, z_b, 1)
+        acc, z_b, z_a = _settle(acc, z_b, z_a, PIPELINED)
         barrier()
         ahead = step - 1 + STAGES
         _expect(xs, ws, full, done, ahead < end)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
-from w4tensor.dispatch_experts import HOPPER_TILES, HopperGroupedPlan
+from w4tensor.dispatch_experts import (
+    HOPPER_TILES,
+    SLICED_M,
+    SLICED_RESIDENT,
+    UNPIPELINED_M,
+    HopperGroupedPlan,
+    for_short_loops,
+)
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
 )
 
-TILES = [plan for _, plan in HOPPER_TILES]
+PIPELINED = [plan for _, plan in HOPPER_TILES]
+FEW = [plan for plan in PIPELINED if plan.block_m <= UNPIPELINED_M]
+TILES = PIPELINED + [for_short_loops(plan, k=128) for plan in FEW]
+REGISTERS = 65536
 
 
 @functools.cache
@@ -30,6 +41,7 @@ def _lower(
     bias: bool = False,
     scatter: bool = False,
     act_quant: bool = False,
+    y: str | None = None,
 ) -> Lowered:
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
@@ -38,14 +50,15 @@ def _lower(
         "w_desc": descriptor([fetched, 16], "i32"),
         "order_ptr": "*i32",
         "tiles_ptr": "*i32",
-        "y_ptr": f"*{dtype}",
+        "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{dtype}",
         "zero_ptr": f"*{zero}",
         "bias_ptr": f"*{dtype}",
-        **dict.fromkeys(("N", "E", "steps", "n_groups"), "i32"),
+        **dict.fromkeys(("n_rows", "N", "E", "steps", "n_groups"), "i32"),
     }
     constants = {
         "BLOCK_N": plan.block_n,
+        "SPLIT_K": plan.split_k,
         "SCATTER": scatter,
         "GROUP": group,
         "WHOLE_STEPS": True,
@@ -56,6 +69,7 @@ def _lower(
         "STAGES": plan.num_stages,
         "PDL": plan.pdl,
         "WAIT_FOR_TILES": False,
+        "PIPELINED": plan.pipelined,
     }
     if plan.narrow_m == 0:
         constants["narrow_desc"] = None
@@ -63,7 +77,7 @@ def _lower(
         constants["zero_ptr"] = None
     if not bias:
         constants["bias_ptr"] = None
-    unaligned = ("x_desc", "narrow_desc", "w_desc", "steps")
+    unaligned = ("x_desc", "narrow_desc", "w_desc", "n_rows", "steps")
     return lower(_grouped_hopper_kernel, signature, constants, plan.num_warps, unaligned=unaligned)
 
 
@@ -81,6 +95,23 @@ def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
 def test_every_tile_as_the_first_product_and_as_the_second(plan):
     _check(_lower(plan), plan, 4.0)
     _check(_lower(plan, gate="none", act="none", scatter=True), plan, 4.0)
+
+
+@pytest.mark.parametrize("plan", FEW, ids=lambda plan: plan.name)
+def test_tiles_that_are_not_pipelined_share_a_multiprocessor_with_more(plan):
+    def resident(plan: HopperGroupedPlan) -> int:
+        code = _lower(plan)
+        return REGISTERS // (code.threads * (-(-code.registers // 8) * 8))
+
+    assert resident(for_short_loops(plan, k=128)) >= 4 > resident(plan)
+
+
+@pytest.mark.parametrize("plan", [p for p in FEW if p.block_m <= SLICED_M], ids=lambda p: p.name)
+def test_slices_of_k(plan):
+    plan = replace(plan, split_k=2)
+    _check(_lower(plan, gate="none", act="none", scatter=True, y="fp32"), plan, 4.0)
+    code = _lower(plan, gate="none", act="none", scatter=True, y="fp32")
+    assert code.registers * code.threads * SLICED_RESIDENT <= REGISTERS
 
 
 @pytest.mark.parametrize(
