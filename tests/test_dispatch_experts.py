@@ -69,6 +69,9 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
             assert act_group_size in (128, -1) and problem.group_size >= 128
     if not isinstance(plan.first, FewPlan):
         assert plan.first.block_m == plan.second.block_m
+    # what stands after the first product is not a sum of slices
+    assert getattr(plan.first, "split_k", 1) == 1
+    assert getattr(plan.second, "split_k", 1) <= max(1, problem.inter // 128)
 
 
 @given(
@@ -131,6 +134,41 @@ def test_one_token_is_not_sorted_and_thousands_are(shape):
         return plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), H200).first
 
     assert isinstance(first(1), GemvPlan) and not isinstance(first(4096), FewPlan)
+
+
+def plan_of(model: str, tokens: int) -> ExpertsPlan:
+    shape = next(shape for shape in MOE_SHAPES if shape.model == model)
+    sizes = shape.experts, shape.hidden, shape.inter, shape.group_size
+    plan = plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), H200)
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.parametrize("tokens,split_k", [(3, 2), (4, 2), (8, 3), (16, 3), (32, 3), (64, 1)])
+def test_a_long_k_is_cut_until_its_programs_fill_whole_rounds(tokens, split_k):
+    plan = plan_of("mixtral-8x7b", tokens)
+    assert plan.second.split_k == split_k and plan.first.split_k == 1
+    # a slice is still long
+    assert plan.second.pipelined
+
+
+@pytest.mark.parametrize(
+    "model,tokens,first,second",
+    [
+        # 1.3 rows an expert, K of 2048 and 512
+        ("qwen3.5-35b-a3b", 16, True, False),
+        ("qwen3.5-35b-a3b", 64, False, False),
+        # tiles of 32 and of 64 rows
+        ("qwen3.5-35b-a3b", 512, False, False),
+        ("qwen3.5-35b-a3b", 1600, True, True),
+        # 1.2 rows and 2 rows, K of 2880
+        ("gpt-oss-20b", 4, True, True),
+        ("gpt-oss-20b", 32, False, False),
+    ],
+)
+def test_tiles_are_pipelined_where_loops_are_long(model, tokens, first, second):
+    plan = plan_of(model, tokens)
+    assert (plan.first.pipelined, plan.second.pipelined) == (first, second)
 
 
 def test_refusals_and_devices_without_kernels():

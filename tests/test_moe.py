@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,26 @@ def test_products_of_routed_rows_need_not_wait_for_their_tiles(launches):
     assert names == ["route", "gather_rows", product, product, "combine"]
     told = [told["wait_for_tiles"] for name, told in launches if name == product]
     assert told == [False, False]
+
+
+def test_slices_of_the_second_product_are_fp32_and_added_by_the_sum_over_slots(
+    launches, monkeypatch
+):
+    given = []
+
+    def seen(name, result):
+        monkeypatch.setattr(moe, name, lambda *args, **told: given.append(args) or result(*args))
+
+    seen("multiply_grouped_hopper", lambda *args: args[7])
+    seen("combine", lambda pairs, ids, weight, y, *_: y)
+    x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    routing = random_routing(TOKENS, EXPERTS, TOP_K)
+    stacks = _stack(2 * INTER, HIDDEN), _stack(HIDDEN, INTER)
+    moe.experts(x, *routing, *stacks, ExpertsPlan(TILE, replace(TILE, split_k=3)))
+    first, second, (pairs, *_) = given
+    assert first[7].shape == (TOKENS * TOP_K, INTER) and first[7].dtype == torch.bfloat16
+    assert second[7] is pairs
+    assert pairs.shape == (3, TOKENS * TOP_K, HIDDEN) and pairs.dtype == torch.float32
 
 
 def test_int8_products_find_the_scales_of_their_rows(launches):

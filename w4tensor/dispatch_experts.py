@@ -202,12 +202,13 @@ HOPPER_TILES = (
     (math.inf, HopperGroupedPlan(256, 128, 8, 3, narrow_m=64)),
 )
 
-# tiles of at most so many rows are not pipelined (kernels/hopper_loop.py) where K is no longer than
-# this; in the first product, if an expert has more rows than this on average. us of a block on an
-# H200 with both products pipelined, with the first, with none: E=256, 16 tokens 61.2, 58.9, 60.2;
-# 128 tokens 131, 125, 124; 512 tokens 191, 173, 163; 1600 tokens (64 rows a tile) 276, 284, 288.
+# tiles of at most so many rows are not pipelined (kernels/hopper_loop.py) where K is this short, or
+# no longer than this if an expert has more rows than this on average. us of a block, H200, with
+# both products pipelined, with the first, with none: E=256, 16 tokens 61.2, 58.9, 60.2; 128 tokens
+# 131, 125, 124; 512 191, 173, 163; 1600 (64 rows a tile) 276, 284, 288. gpt-oss, 4 tokens 73, 82.
 # Mixtral, 64 tokens, with both and with the second: 256, 244
 UNPIPELINED_M = 32
+UNPIPELINED_SHORT_K = 1024
 UNPIPELINED_K = 4096
 UNPIPELINED_ROWS = 2.25
 UNPIPELINED_STAGES = 3
@@ -270,22 +271,23 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
         )
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
-    if not isinstance(tile, HopperGroupedPlan):
-        return ExpertsPlan(first=tile, second=tile)
-    return ExpertsPlan(
-        first=_of_first_product(tile, p),
-        second=_of_second_product(tile, p, arch),
-    )
+    first = for_short_loops(tile, p.hidden, p.rows_an_expert)
+    return ExpertsPlan(first=first, second=_of_second_product(tile, p, arch))
 
 
-def _of_first_product(tile: HopperGroupedPlan, p: ExpertsProblem) -> HopperGroupedPlan:
-    return for_short_loops(tile, p.hidden) if p.rows_an_expert > UNPIPELINED_ROWS else tile
+def for_short_loops(tile: RowsPlan, k: int, mean_rows: float) -> RowsPlan:
+    """The tile, not pipelined where that is faster."""
+    most = UNPIPELINED_K if mean_rows > UNPIPELINED_ROWS else UNPIPELINED_SHORT_K
+    if not isinstance(tile, HopperGroupedPlan) or k > most or tile.block_m > UNPIPELINED_M:
+        return tile
+    return replace(tile, num_stages=UNPIPELINED_STAGES, pipelined=False)
 
 
-def _of_second_product(tile: HopperGroupedPlan, p: ExpertsProblem, arch: Arch) -> HopperGroupedPlan:
+def _of_second_product(tile: RowsPlan, p: ExpertsProblem, arch: Arch) -> RowsPlan:
     """K cut where programs are few: rounds of them that the card takes, times steps and a start."""
-    if p.inter <= UNPIPELINED_K or tile.block_m > SLICED_M:
-        return for_short_loops(tile, p.inter)
+    short = p.inter <= UNPIPELINED_K or tile.block_m > SLICED_M
+    if not isinstance(tile, HopperGroupedPlan) or short:
+        return for_short_loops(tile, p.inter, p.rows_an_expert)
     programs = math.ceil(p.pairs / p.rows_an_expert) * -(-p.hidden // tile.block_n)
     steps = -(-p.inter // BLOCK_K)
 
@@ -294,12 +296,6 @@ def _of_second_product(tile: HopperGroupedPlan, p: ExpertsProblem, arch: Arch) -
         return rounds * (-(-steps // split_k) + FILL)
 
     return replace(tile, split_k=min(SLICES, key=cost))
-
-
-def for_short_loops(tile: HopperGroupedPlan, k: int) -> HopperGroupedPlan:
-    if k > UNPIPELINED_K or tile.block_m > UNPIPELINED_M:
-        return tile
-    return replace(tile, num_stages=UNPIPELINED_STAGES, pipelined=False)
 
 
 def _plan_few(
@@ -357,7 +353,9 @@ def plan_grouped(
 ) -> RowsPlan:
     """Tiles for `rows` rows [rows, k] that are spread over `experts`."""
     hit = experts * (1 - (1 - 1 / experts) ** rows)
-    return _plan_grouped(rows / max(hit, 1.0), group_size, k, k, arch, act_group_size)
+    mean_rows = rows / max(hit, 1.0)
+    tile = _plan_grouped(mean_rows, group_size, k, k, arch, act_group_size)
+    return for_short_loops(tile, k, mean_rows)
 
 
 def plan_gathered(
@@ -373,7 +371,8 @@ def plan_gathered(
     problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
     if problem.few_pairs:
         return _plan_few(rows, 1, n, k, group_size, act_group_size, arch, "none")
-    return _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
+    tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
+    return for_short_loops(tile, k, problem.rows_an_expert)
 
 
 def _plan_grouped(

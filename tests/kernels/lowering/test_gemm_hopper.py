@@ -15,7 +15,7 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import TILES, HopperTile
-from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, runs_of_tokens
+from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, runs_of_tokens
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -76,17 +76,27 @@ def _lower(
     unaligned += ["token", "M", "steps", "whole", "split_k"]
     # rows that the accelerator stores are multiples of 8, and mostly of 16
     unaligned += ["N", "n_groups"] if y else []
+    short = dtype == "bf16" and zero is None and scale is None and split and group in (0, 128)
+    registers = MAX_REGISTERS.get((tile.block_m, tile.block_n)) if short else None
     return lower(
         _gemm_hopper_kernel,
         signature,
         constants,
         tile.num_warps,
         unaligned=tuple(unaligned),
+        **({"maxnreg": registers} if registers else {}),
     )
 
 
+@pytest.mark.parametrize("tile", MAX_REGISTERS, ids=str)
+def test_tiles_that_share_a_multiprocessor_with_the_next_launch(tile):
+    code = _lower(next(t for t in TILES if (t.block_m, t.block_n) == tile), pdl=True, split=True)
+    assert REGISTERS // (code.threads * code.registers) >= 6, str(code)
+
+
 def _name(tile: HopperTile) -> str:
-    return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}"
+    how = "" if tile.pipelined else " unpipelined"
+    return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}{how}"
 
 
 def _check(

@@ -25,7 +25,7 @@ def built(
     tile, group=32, act_quant=True, dtype="bf16", scale="bf16", given=(), whole=True
 ) -> Lowered:
     """The kernel for sm_90 with a tile of dispatch_hopper.py."""
-    block_m, block_n, warps, stages = tile
+    block_m, block_n, warps, stages, pipelined = tile
     element = gl.bfloat16 if dtype == "bf16" else gl.float16
 
     def descriptor(name, rows, columns, of):
@@ -46,7 +46,7 @@ def built(
     )
     types = {n: types.get(n, "i32") for n in _gemm_hopper_kernel.arg_names}
     constants: dict[str, object] = dict(GROUP_N=8, WHOLE_STEPS=whole, GROUP=group, PDL=True)
-    constants |= dict(ACT_QUANT=act_quant, WARPS=warps, STAGES=stages)
+    constants |= dict(ACT_QUANT=act_quant, WARPS=warps, STAGES=stages, PIPELINED=pipelined)
     constants |= {name: None for name in OPTIONAL if name not in given}
     constants |= {} if more else {"more_x_desc": None, "more_y_desc": None}
     unaligned = tuple(name for name in types if name.endswith("_desc"))
@@ -67,12 +67,15 @@ VARIANTS = {
     "fp16 zero": dict(dtype="fp16", scale="fp16", given=("zero_ptr",)),
 }
 # each tile, and how many programs of it share a multiprocessor
-ALL_TILES = {(t.block_m, t.block_n, t.num_warps, t.num_stages): t.resident for t in TILES}
+ALL_TILES = {
+    (t.block_m, t.block_n, t.num_warps, t.num_stages, t.pipelined): t.resident for t in TILES
+}
+TILE = (64, 128, 4, 4, True)
 
 
 def check(tile, variant, **options):
     code = built(tile, **options)
-    _, block_n, warps, _ = tile
+    _, block_n, warps, *_ = tile
     assert code.stack == 0, str(code)
     # weights stay in registers, and the matrix unit does not wait for each product
     assert code.count("STS", "STSM") == 0 and code.matrix == {"HGMMA"}, str(code)
@@ -84,7 +87,7 @@ def check(tile, variant, **options):
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp16 zero"])
-@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: "x".join(map(str, t)))
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 def test_every_tile(tile, variant):
     code = check(tile, variant, **VARIANTS[variant])
     # a word's scale serves the four words that a lane has of a row
@@ -99,25 +102,24 @@ def test_every_tile(tile, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group", [32, 64, 128, 0])
 def test_every_group_costs_the_same(group, variant):
-    check((64, 128, 4, 4), variant, group=group, **VARIANTS[variant])
+    check(TILE, variant, group=group, **VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp16 zero"])
 def test_slices_of_k_and_rows_that_blocks_do_not_divide(variant):
     options = dict(VARIANTS[variant])
     given = (*options.pop("given", ()), "bias_ptr", "part_ptr", "flag_ptr")
-    check((64, 128, 4, 4), variant, given=given, whole=False, **options)
+    check(TILE, variant, given=given, whole=False, **options)
 
 
 def test_signs_of_nibbles_cost_no_instruction():
-    tile = (64, 128, 4, 4)
-    signed, plain = built(tile, group=128), built(tile, group=128, act_quant=False)
+    signed, plain = built(TILE, group=128), built(TILE, group=128, act_quant=False)
     assert signed.count("LOP3") == plain.count("LOP3")
     assert signed.instructions <= plain.instructions + 4, f"{signed}\n{plain}"
 
 
 @pytest.mark.parametrize("scale", ["bf16", "fp16", "fp32"])
 def test_only_scales_of_bf16_are_multiplied_as_bf16(scale):
-    ptx = built((64, 64, 4, 4), scale=scale).ptx
+    ptx = built((64, 64, 4, 4, True), scale=scale).ptx
     # the factor that makes a subnormal of a code a normal number
     assert ("0x70007000" in ptx) == (scale == "bf16")
