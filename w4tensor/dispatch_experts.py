@@ -295,7 +295,9 @@ def _of_second_product(tile: RowsPlan, p: ExpertsProblem, arch: Arch) -> RowsPla
         rounds = -(-programs * split_k // (SLICED_RESIDENT * arch.num_sms))
         return rounds * (-(-steps // split_k) + FILL)
 
-    return replace(tile, split_k=min(SLICES, key=cost))
+    # fp32 sums of slices take no more memory than what gate and up would take in 16 bits
+    slices = [s for s in SLICES if s == 1 or s * p.hidden <= p.inter]
+    return replace(tile, split_k=min(slices, key=cost))
 
 
 def _plan_few(
