@@ -153,6 +153,12 @@ def test_a_long_k_is_cut_until_its_programs_fill_whole_rounds(tokens, split_k):
     assert plan.second.pipelined
 
 
+@pytest.mark.parametrize("inter,split_k", [(4608, 1), (15360, 3)])
+def test_sums_of_slices_take_no_more_memory_than_gate_and_up(inter, split_k):
+    plan = plan_experts(ExpertsProblem(4, 2, 8, hidden=5120, inter=inter, group_size=128), H200)
+    assert plan.second.split_k == split_k
+
+
 @pytest.mark.parametrize(
     "model,tokens,first,second",
     [
