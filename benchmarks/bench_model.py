@@ -216,6 +216,9 @@ def profile(model: nn.Module, new: int = 17) -> str:
     for event in watch.events():
         if getattr(event, "is_user_annotation", False):
             continue
+        # the calls that launch kernels are among the events of CUDA
+        if on_device and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
         spent = event.time_range.elapsed_us() if on_device else event.self_cpu_time_total
         entry = total.setdefault(event.name, [0.0, 0.0])
         entry[0] += spent / (new - 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import tune
+from benchmarks import rows, tune
 from w4tensor import dispatch
 from w4tensor.dispatch import Arch, DequantPlan, GemmPlan
 from w4tensor.dispatch_hopper import HopperPlan
@@ -48,12 +49,21 @@ def test_several_tiles_and_slices_are_timed_at_every_number_of_tokens():
         assert any(isinstance(p, DequantPlan) for p in plans) is (m >= 1024), m
 
 
-def write(path, rows):
+def test_rows_have_the_fields_that_plans_have():
+    # or no choice would be found among them
+    with (rows.RESULTS / "tune.csv").open() as lines:
+        for row in csv.DictReader(lines):
+            named = [field.partition("=")[0] for field in row["plan"].split()]
+            fields = dataclasses.fields(tune.KINDS[row["kind"]])
+            assert sorted(named) == sorted(field.name for field in fields), row
+
+
+def write(path, points):
     with path.open("w", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(tune.FIELDS)
         writer.writerows(
-            [*point, us, 5.0, bf16_us, "1e-3", *plan] for point, us, bf16_us, plan in rows
+            [*point, us, 5.0, bf16_us, "1e-3", *plan] for point, us, bf16_us, plan in points
         )
 
 

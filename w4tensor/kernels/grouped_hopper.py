@@ -289,7 +289,8 @@ def multiply_grouped_hopper(
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
-    assert plan.split_k <= steps and (plan.split_k == 1 or gate == act == "none")
+    assert plan.split_k <= steps, "a slice has a step"
+    assert plan.split_k == 1 or gate == act == "none", "slices are sums, which others add"
     _launch_grouped_hopper(
         (-(-n_out // out), tiles.shape[0], plan.split_k),
         *(
