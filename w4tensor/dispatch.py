@@ -216,7 +216,7 @@ def plan(problem: Problem, arch: Arch) -> Plan | GemvPlan | HopperPlan | ActQuan
     if p.act == "int8":
         return plan_act_quant(p, arch)
     if _is_row_by_row(p) and serves_gemv(p.n, p.k, p.group_size, arch):
-        return plan_gemv(p.m * p.batch, p.n, p.k, p.group_size, arch)
+        return plan_gemv(p.m * p.batch, p.n, p.k, p.group_size, arch, symmetric=p.symmetric)
     tiled = serves(p, arch)
     if p.batch == 1 and p.m >= (DEQUANT_FROM_M if tiled else DEQUANT_FROM_M_ELSE):
         return DequantPlan(rows=workspace_rows(p))

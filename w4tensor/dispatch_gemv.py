@@ -4,7 +4,7 @@ A program has ROWS rows; its warps share K, 1024 k a step each. warps_per_sm() o
 a multiprocessor, so that programs take rounds; and a program takes as long as it has steps, and one
 more to begin and to end. The number of warps with the least rounds * (steps + 1) is taken. Where
 all programs have one round and more than one step, the next step's weights are loaded ahead, which
-takes registers, as scales finer than 128 k do.
+takes registers, as scales finer than 128 k and zero points do.
 
 Measured on an H200, one token, us: 4096 x 4096 4.7 (4 warps; 2: 5.4), 8192 x 8192 11.6 (2 warps; 4:
 13.5, 1: 14.1), 28672 x 4096 20.2 (2 warps; 1: 20.7), 57344 x 8192 61.8 (1 warp; 2: 63.9). 16 rows
@@ -56,9 +56,12 @@ def serves_gemv(n: int, k: int, group_size: int, arch: Arch) -> bool:
     return arch.capability >= MIN_CAPABILITY and sizes and known
 
 
-def warps_per_sm(fine: bool, ahead: bool) -> int:
-    """How many find registers on a multiprocessor (tests/kernels/lowering/test_gemv.py)."""
-    return 20 - 4 * fine - 4 * ahead
+def warps_per_sm(more: bool, ahead: bool) -> int:
+    """How many find registers on a multiprocessor (tests/kernels/lowering/test_gemv.py).
+
+    more: a thread has more than one scale of each row: finer ones, or zero points beside them.
+    """
+    return 20 - 4 * more - 4 * ahead
 
 
 def plan_gemv(
@@ -68,6 +71,7 @@ def plan_gemv(
     group_size: int,
     arch: Arch,
     product: Literal["none", "first", "second"] = "second",
+    symmetric: bool = True,
 ) -> GemvPlan:
     """The plan for `items` rows of x, each of `k` numbers, times [n, k] each.
 
@@ -76,10 +80,10 @@ def plan_gemv(
     'gemv 8x4096'
     """
     programs = items * -(-n // ROWS)
-    fine = group_size < 128
+    more = group_size < 128 or not symmetric
 
     def rounds(warps: int, ahead: bool) -> int:
-        return -(-programs * warps // (warps_per_sm(fine, ahead) * arch.num_sms))
+        return -(-programs * warps // (warps_per_sm(more, ahead) * arch.num_sms))
 
     def steps(warps: int) -> int:
         return -(-k // (warps * WARP_K))

@@ -1,6 +1,6 @@
 """Rows of W in the COALESCED format -> plain [rows, K], for a library matrix product to read.
 
-    w[n, k] = (q[n, k] - zero_point[n, k // g]) * scale[n, k // g], rounded once
+    w[n, k] = (q[n, k] - zero_point[n, k // g]) * scale[n, k // g]
 
             BLOCKS * 128 k
           +--------+--------+---

@@ -280,9 +280,9 @@ def _prepare(scale, zero, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
             _SCALES, "=r,=r,=r,h", [scale], dtype=(gl.int32,) * 3, is_pure=True, pack=1
         )
     else:
-        if zero is None:
-            zero = gl.full(scale.shape, 8.0, gl.float32, scale.type.layout)
-        terms = scaling_terms(scale.to(gl.float32), zero.to(gl.float32), DTYPE, True)
+        if zero is not None:
+            zero = zero.to(gl.float32)
+        terms = scaling_terms(scale.to(gl.float32), zero, DTYPE, True)
     first = ()
     second = ()
     for i in gl.static_range(len(terms)):

@@ -9,10 +9,10 @@ Elements leave unpack() as CODE_UNIT * (q - 8) in bf16 or fp16, exactly: the uni
 nibbles of a 16-bit lane be read without a shift between them. Who multiplies by a scale after the
 dot divides the sum by CODE_UNIT.
 
-    bf16   low nibble    (w & 0x000F) | 0x4200 = 32 + q / 4            - 34        -> (q - 8) / 4
-           high nibble    w & 0x00F0 = q * 2**-129, a subnormal   * 2**127 - 2     -> (q - 8) / 4
-    fp16   low nibble    (w & 0x000F) | 0x6400 = 1024 + q         * 2**-2 - 258    -> (q - 8) / 4
-           high nibble   (w & 0x00F0) | 0x6400 = 1024 + 16 q      * 2**-6 - 18     -> (q - 8) / 4
+    bf16   low nibble   (w & 0x000F) | 0x0280 = 2**-122 + q * 2**-129   * 2**127 - 34
+           high nibble   w & 0x00F0           = q * 2**-129, subnormal  * 2**127 - 2
+    fp16   low nibble   (w & 0x000F) | 0x7400 = 16384 + 16 q            * 2**-6 - 258
+           high nibble  (w & 0x00F0) | 0x6400 = 1024 + 16 q             * 2**-6 - 18
 
 The order of k within an operand must be the one in which the matrix unit takes its registers, or
 Triton carries the weights through shared memory: slower, never wrong. KWIDTH 2 keeps k as it is;
@@ -31,49 +31,37 @@ SYMMETRIC_ZERO_POINT = tl.constexpr(8.0)
 # what unpack_scaled multiplies by, so that small scales times codes are normal numbers of fp16
 FP16_LIFT = tl.constexpr(64.0)
 
-# one word $8 -> pairs a, b (p = 0) and c, d (p = 1); low and high are minus the zero point, less
-# what the form of the nibble adds
+# one word $8 -> pairs a, b (p = 0) and c, d (p = 1) of (q - 8) / 4; one factor for both nibbles, as
+# an instruction has room for one constant, and the other takes a register
 _BF16_CODES = """
-    .reg .b32 s, a, b, c, d, one, two127, low0, high0, low1, high1;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 two127, 0x7F007F00;
-    {zero}
+    .reg .b32 s, a, b, c, d, factor, low, high;
+    mov.b32 factor, 0x7F007F00;                    // 2**127
+    mov.b32 low, 0xC208C208;                       // -34
+    mov.b32 high, 0xC000C000;                      // -2
     shr.u32 s, $8, 8;
-    lop3.b32 a, $8, 0x000F000F, 0x42004200, 0xEA;  // (w & mask) | (32, 32)
-    and.b32 b, $8, 0x00F000F0;                     // subnormal: q * 2**-129
-    lop3.b32 c, s, 0x000F000F, 0x42004200, 0xEA;
+    lop3.b32 a, $8, 0x000F000F, 0x02800280, 0xEA;  // (w & mask) | 2**-122
+    and.b32 b, $8, 0x00F000F0;
+    lop3.b32 c, s, 0x000F000F, 0x02800280, 0xEA;
     and.b32 d, s, 0x00F000F0;
-    fma.rn.bf16x2 a, a, one, low0;
-    fma.rn.bf16x2 b, b, two127, high0;
-    fma.rn.bf16x2 c, c, one, low1;
-    fma.rn.bf16x2 d, d, two127, high1;
+    fma.rn.bf16x2 a, a, factor, low;
+    fma.rn.bf16x2 b, b, factor, high;
+    fma.rn.bf16x2 c, c, factor, low;
+    fma.rn.bf16x2 d, d, factor, high;
 """
 _FP16_CODES = """
-    .reg .b32 s, a, b, c, d, quarter, sixtyfourth, low0, high0, low1, high1;
-    mov.b32 quarter, 0x34003400;
-    mov.b32 sixtyfourth, 0x24002400;
-    {zero}
+    .reg .b32 s, a, b, c, d, factor, low, high;
+    mov.b32 factor, 0x24002400;                    // 2**-6
+    mov.b32 low, 0xDC08DC08;                       // -258
+    mov.b32 high, 0xCC80CC80;                      // -18
     shr.u32 s, $8, 8;
-    lop3.b32 a, $8, 0x000F000F, 0x64006400, 0xEA;  // (w & mask) | (1024, 1024)
-    lop3.b32 b, $8, 0x00F000F0, 0x64006400, 0xEA;
-    lop3.b32 c, s, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 a, $8, 0x000F000F, 0x74007400, 0xEA;  // (w & mask) | 16384
+    lop3.b32 b, $8, 0x00F000F0, 0x64006400, 0xEA;  // (w & mask) | 1024
+    lop3.b32 c, s, 0x000F000F, 0x74007400, 0xEA;
     lop3.b32 d, s, 0x00F000F0, 0x64006400, 0xEA;
-    fma.rn.f16x2 a, a, quarter, low0;
-    fma.rn.f16x2 b, b, sixtyfourth, high0;
-    fma.rn.f16x2 c, c, quarter, low1;
-    fma.rn.f16x2 d, d, sixtyfourth, high1;
-"""
-_EIGHT = """
-    mov.b32 low0, {low};
-    mov.b32 high0, {high};
-    mov.b32 low1, low0;
-    mov.b32 high1, high0;
-"""
-_GIVEN = """
-    mov.b32 low0, $13;
-    mov.b32 high0, $14;
-    mov.b32 low1, $15;
-    mov.b32 high1, $16;
+    fma.rn.f16x2 a, a, factor, low;
+    fma.rn.f16x2 b, b, factor, high;
+    fma.rn.f16x2 c, c, factor, low;
+    fma.rn.f16x2 d, d, factor, high;
 """
 # scale and shift
 _SCALED = """
@@ -85,16 +73,16 @@ _SCALED = """
 _OUT = "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;"
 
 
-def _asm(codes: str, zero: str, scaled: str = "") -> tl.constexpr:
-    return tl.constexpr("{" + codes.replace("{zero}", zero) + scaled + _OUT + "}")
+def _asm(*parts: str) -> tl.constexpr:
+    return tl.constexpr("{" + "".join(parts) + _OUT + "}")
 
 
-_BF16 = _asm(_BF16_CODES, _EIGHT.format(low="0xC208C208", high="0xC000C000"))
-_FP16 = _asm(_FP16_CODES, _EIGHT.format(low="0xDC08DC08", high="0xCC80CC80"))
-_BF16_SCALED = _asm(_BF16_CODES, _GIVEN, _SCALED.format(x2="bf16x2"))
-_FP16_SCALED = _asm(_FP16_CODES, _GIVEN, _SCALED.format(x2="f16x2"))
+_BF16 = _asm(_BF16_CODES)
+_FP16 = _asm(_FP16_CODES)
+_BF16_SCALED = _asm(_BF16_CODES, _SCALED.format(x2="bf16x2"))
+_FP16_SCALED = _asm(_FP16_CODES, _SCALED.format(x2="f16x2"))
 _REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
-_SCALED_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r")
+_SCALED_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r")
 
 
 def use_asm() -> bool:
@@ -134,10 +122,11 @@ def _code(w, NIBBLE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def unpack_scaled(w, scale0, scale1, zero0, zero1, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Words -> elements (q - zero) * scale in DTYPE, times FP16_LIFT in fp16, each rounded once.
+    """Words -> elements (q - zero) * scale in DTYPE, times FP16_LIFT in fp16.
 
     scale and zero are fp32 in the words' shape; 0 goes with p = 0 (elements 0..3), 1 with p = 1.
-    zero0 and zero1 may be None, for 8.
+    zero0 and zero1 may be None, for 8: then an element is rounded once. Otherwise
+    (8 - zero) * scale is rounded too, before (q - 8) * scale is added to it.
     """
     terms0 = scaling_terms(scale0, zero0, DTYPE, ASM)
     terms1 = scaling_terms(scale1, zero1, DTYPE, ASM)
@@ -147,33 +136,24 @@ def unpack_scaled(w, scale0, scale1, zero0, zero1, DTYPE: tl.constexpr, ASM: tl.
 @triton.jit
 def scaling_terms(scale, zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """What unpack_by_terms() needs of scales and zero points (None: 8), fp32 of one shape: int32 of
-    that shape, each twice a DTYPE: the scale, the shift, what is added to low and to high nibbles.
+    that shape, each twice a DTYPE: a factor for CODE_UNIT * (q - 8), and what is added.
     """
     LIFT: tl.constexpr = FP16_LIFT if DTYPE == tl.float16 else 1.0
-    # what the forms of the two nibbles add to q / 4
-    LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
-    HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
-    s = scale * (LIFT / CODE_UNIT)
+    factor = _pair(scale * (LIFT / CODE_UNIT), DTYPE, ASM)
     if zero is None:
-        eight = tl.full(scale.shape, SYMMETRIC_ZERO_POINT, tl.float32)
-        low, high, _ = _split_zero(eight, LOW, HIGH, DTYPE, ASM)
-        # -0: adding it changes nothing, the sign of 0 included
-        shift = tl.full(scale.shape, -0.0, tl.float32)
+        # -0, in the shape and layout of the scales: adding it does not even change the sign of 0
+        shift = (factor & 0) | -0x7FFF8000
     else:
-        low, high, rest = _split_zero(zero, LOW, HIGH, DTYPE, ASM)
-        shift = rest * s
-    return _pair(s, DTYPE, ASM), _pair(shift, DTYPE, ASM), low, high
+        shift = _pair((zero * -LIFT + SYMMETRIC_ZERO_POINT * LIFT) * scale, DTYPE, ASM)
+    return factor, shift
 
 
 @triton.jit
 def unpack_by_terms(w, terms0, terms1, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """unpack_scaled() of what scaling_terms() made for p = 0 and for p = 1, in the words' shape."""
-    s0, shift0, low0, high0 = terms0
-    s1, shift1, low1, high1 = terms1
-    # what the forms of the two nibbles add to q / 4
-    LOW: tl.constexpr = 32.0 if DTYPE == tl.bfloat16 else 256.0
-    HIGH: tl.constexpr = 0.0 if DTYPE == tl.bfloat16 else 16.0
-    args = [w, s0, shift0, s1, shift1, low0, high0, low1, high1]
+    s0, shift0 = terms0
+    s1, shift1 = terms1
+    args = [w, s0, shift0, s1, shift1]
     if ASM and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _BF16_SCALED, _SCALED_REGISTERS, args, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
@@ -184,29 +164,15 @@ def unpack_by_terms(w, terms0, terms1, DTYPE: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return (
-            _scaled(w, 0, LOW, low0, s0, shift0, DTYPE),
-            _scaled(w, 16, LOW, low0, s0, shift0, DTYPE),
-            _scaled(w, 4, HIGH, high0, s0, shift0, DTYPE),
-            _scaled(w, 20, HIGH, high0, s0, shift0, DTYPE),
-            _scaled(w, 8, LOW, low1, s1, shift1, DTYPE),
-            _scaled(w, 24, LOW, low1, s1, shift1, DTYPE),
-            _scaled(w, 12, HIGH, high1, s1, shift1, DTYPE),
-            _scaled(w, 28, HIGH, high1, s1, shift1, DTYPE),
+            _scaled(w, 0, s0, shift0, DTYPE),
+            _scaled(w, 16, s0, shift0, DTYPE),
+            _scaled(w, 4, s0, shift0, DTYPE),
+            _scaled(w, 20, s0, shift0, DTYPE),
+            _scaled(w, 8, s1, shift1, DTYPE),
+            _scaled(w, 24, s1, shift1, DTYPE),
+            _scaled(w, 12, s1, shift1, DTYPE),
+            _scaled(w, 28, s1, shift1, DTYPE),
         )
-
-
-@triton.jit
-def _split_zero(
-    zero, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
-):
-    """A zero point as what is added to low and high nibbles, exactly, and what is left of it.
-
-    Beside LOW, DTYPE holds whole zero points (and halves below 0), so that rounding takes them.
-    """
-    exact = zero * CODE_UNIT + LOW
-    low = _pair(-exact, DTYPE, ASM)
-    rounded = _low_half(low, DTYPE)
-    return low, _pair(rounded + (LOW - HIGH), DTYPE, ASM), -rounded - exact
 
 
 @triton.jit
@@ -233,11 +199,8 @@ def _low_half(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scaled(
-    w, NIBBLE: tl.constexpr, FORM: tl.constexpr, minus_zero, scale, shift, DTYPE: tl.constexpr
-):
-    q = (w.to(tl.uint32, bitcast=True) >> NIBBLE & 15).to(tl.float32)
-    code = (q * CODE_UNIT + FORM + _low_half(minus_zero, DTYPE)).to(DTYPE).to(tl.float32)
+def _scaled(w, NIBBLE: tl.constexpr, scale, shift, DTYPE: tl.constexpr):
+    code = _code(w, NIBBLE, DTYPE).to(tl.float32)
     return (code * _low_half(scale, DTYPE) + _low_half(shift, DTYPE)).to(DTYPE)
 
 

@@ -60,9 +60,10 @@ def _lower(
 def _check(budget: float, **kind) -> None:
     code = _lower(**kind)
     assert code.stack == 0, code
-    # what dispatch takes for granted; zero points it does not look at
-    room = warps_per_sm(kind.get("group", 128) < 128, kind.get("ahead", False))
-    assert kind.get("zero") or code.registers * 32 * room <= REGISTERS, code.registers
+    # what dispatch takes for granted
+    more = kind.get("group", 128) < 128 or kind.get("zero", False)
+    room = warps_per_sm(more, kind.get("ahead", False))
+    assert code.registers * 32 * room <= REGISTERS, code.registers
     assert code.count("STS", "LDS", "BAR") == 0, code
     # a row's weights of a step are one load
     loads = [o for o in code.opcodes if o.startswith("LDG") and o.endswith(".128")]
@@ -88,9 +89,10 @@ def test_scales_of_a_block_are_one_load():
     assert _lower(1, group=32).opcodes["LDG.E.64"] == ROWS
 
 
-def test_zero_points():
-    _check(2.8, zero=True)
-    _check(3.9, zero=True, group=32)
+@pytest.mark.parametrize("num_warps,ahead", [(1, False), (2, True), (4, False)])
+def test_zero_points(num_warps, ahead):
+    _check(2.8, num_warps=num_warps, ahead=ahead, zero=True)
+    _check(3.9, num_warps=num_warps, ahead=ahead, zero=True, group=32)
 
 
 @pytest.mark.parametrize("group,budget", [(128, 2.7), (32, 3.5)])
