@@ -189,9 +189,10 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
     if problem.pairs <= TRY_PAIRS_UP_TO:
         first += pairs_candidates(1, problem.hidden, kwidth)
         second += pairs_candidates(problem.top_k, problem.inter, kwidth)
-        if not int8 and serves_gemv(problem.inter, problem.hidden, problem.group_size, target):
+        groups = problem.group_size, target, problem.act_group_size
+        if serves_gemv(problem.inter, problem.hidden, *groups):
             first += gemv_candidates(problem.hidden)
-        if not int8 and serves_gemv(problem.hidden, problem.inter, problem.group_size, target):
+        if serves_gemv(problem.hidden, problem.inter, *groups):
             second += gemv_candidates(problem.top_k * problem.inter)
     if problem.rows_an_expert >= TRY_GROUPED_FROM:
         # tiles on either side of the mean rows of an expert

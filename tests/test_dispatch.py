@@ -132,8 +132,14 @@ def test_regimes_change_where_dispatch_says(shape):
     assert isinstance(at(dispatch.DEQUANT_FROM_M - 1), HopperPlan)
     assert isinstance(at(dispatch.DEQUANT_FROM_M), DequantPlan)
     border = dispatch_act_quant.TILE_FINE_MAX_M
-    assert isinstance(at(1, "int8"), ActQuantDp4aPlan)
-    assert all(isinstance(at(m, "int8"), Int8Plan) for m in range(2, border + 1))
+    rows = 1 + (2 * shape.n * shape.k <= dispatch.GEMV_INT8_PRODUCTS)
+    if shape.k >= dispatch.GEMV_MANY_MIN_K:
+        rows = max(rows, min(dispatch.GEMV_MAX_M, few))
+    one = ActQuantDp4aPlan if shape.n == 1 else GemvPlan
+    assert isinstance(at(1, "int8"), one)
+    if shape.n > 1:
+        assert all(isinstance(at(m, "int8"), GemvPlan) for m in range(1, rows + 1))
+        assert all(isinstance(at(m, "int8"), Int8Plan) for m in range(rows + 1, border + 1))
     assert isinstance(at(border + 1, "int8"), ActQuantHopperPlan)
 
 
@@ -142,22 +148,28 @@ def test_regimes_change_where_dispatch_says(shape):
     st.integers(8, 300_000),
     st.integers(1, 60_000),
     st.sampled_from([32, 64, 128]),
+    st.sampled_from([None, 32, 128]),
+    st.booleans(),
     st.sampled_from(ARCHES),
 )
-def test_a_row_by_row_product_takes_the_fewest_rounds_and_steps(items, n, k, group_size, arch):
-    p = plan_gemv(items, n, k, group_size, arch)
-    fine = group_size < 128
+def test_a_row_by_row_product_takes_the_fewest_rounds_and_steps(
+    items, n, k, group_size, act_group_size, symmetric, arch
+):
+    groups = dict(symmetric=symmetric, act_group_size=act_group_size)
+    p = plan_gemv(items, n, k, group_size, arch, **groups)
+    # what takes registers: zero points, or several scales for a thread's chunk of COALESCED words
+    more = not symmetric or (group_size < 128 and act_group_size is None)
 
     def cost(warps):
         programs = items * math.ceil(n / p.rows)
-        rounds = math.ceil(programs * warps / (warps_per_sm(fine, False) * arch.num_sms))
+        rounds = math.ceil(programs * warps / (warps_per_sm(more, False) * arch.num_sms))
         return rounds * (math.ceil(k / (warps * WARP_K)) + 1)
 
     fits = [warps for warps in (1, 2, 4, 8) if warps == 1 or warps * WARP_K <= k]
     assert p.num_warps in fits and cost(p.num_warps) == min(map(cost, fits))
     warps = items * math.ceil(n / p.rows) * p.num_warps
     if p.ahead:
-        assert p.num_warps * WARP_K < k and warps <= warps_per_sm(fine, True) * arch.num_sms
+        assert p.num_warps * WARP_K < k and warps <= warps_per_sm(more, True) * arch.num_sms
 
 
 @pytest.mark.parametrize(
@@ -190,6 +202,9 @@ def test_what_the_row_by_row_kernel_does_not_take_is_decoded():
     assert isinstance(one(n=7), DecodePlan) and isinstance(one(n=8), GemvPlan)
     assert isinstance(one(k=721, group_size=721), DecodePlan)
     assert not serves_gemv(1 << 18, 1 << 15, 128, H200)
+    # int8 activations come 16 bytes at a time, and have a scale for each 32 to 128 of them
+    assert serves_gemv(256, 1000, 1000, H200, 32) and not serves_gemv(256, 1004, 1004, H200, 32)
+    assert not serves_gemv(256, 1024, 128, H200, -1)
 
 
 def test_many_weights_with_groups_of_32_are_decoded_by_tiles():

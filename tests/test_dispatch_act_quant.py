@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w4tensor import dispatch_int8
-from w4tensor.dispatch import DEQUANT_FROM_M, Arch, Problem
+from w4tensor.dispatch import (
+    DEQUANT_FROM_M,
+    GEMV_INT8_PRODUCTS,
+    Arch,
+    Problem,
+    is_row_by_row,
+    plan,
+)
 from w4tensor.dispatch_act_quant import (
     TILE_FINE_MAX_M,
     TILE_MAX_M,
@@ -21,6 +28,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantRoundedPlan,
     plan_act_quant,
 )
+from w4tensor.dispatch_gemv import GemvPlan, serves_gemv
 from w4tensor.dispatch_hopper import hopper_us, plan_hopper, serves
 from w4tensor.dispatch_int8 import (
     TILES,
@@ -59,6 +67,13 @@ def problems(draw) -> Problem:
 @given(problems(), st.sampled_from(ARCHS))
 def test_a_plan_fits_its_kernel(p, arch):
     plan = plan_act_quant(p, arch)
+    rows = is_row_by_row(p) and serves_gemv(p.n, p.k, p.group_size, arch, p.act_group_size)
+    assert isinstance(plan, GemvPlan) == rows
+    if isinstance(plan, GemvPlan):
+        # activation groups and weight groups are whole slices, x whole runs of 16 bytes
+        assert p.act_group_size >= 32 and p.k % 8 == 0
+        assert p.group_size % 32 == 0 or p.group_size == p.k
+        return
     hopper = arch.capability[0] == 9
     natural = arch.triton >= (3, 8)
     if isinstance(plan, ActQuantRoundedPlan):
@@ -111,8 +126,9 @@ FINE = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=
 @pytest.mark.parametrize(
     "m,kind",
     [
-        (1, ActQuantDp4aPlan),
-        (2, Int8Plan),
+        (1, GemvPlan),
+        (2, GemvPlan),
+        (3, Int8Plan),
         (TILE_FINE_MAX_M, Int8Plan),
         (TILE_FINE_MAX_M + 1, ActQuantHopperPlan),
         (128, ActQuantHopperPlan),
@@ -125,13 +141,24 @@ FINE = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=
 )
 def test_fine_scales_on_hopper(m, kind, groups):
     p = replace(FINE, m=m, group_size=groups[0], act_group_size=groups[1])
+    if kind is GemvPlan and groups[1] == -1:
+        # a scale a token is known after all of x
+        kind = ActQuantDp4aPlan if m == 1 else Int8Plan
     assert type(plan_act_quant(p, H200)) is kind
+
+
+def test_two_tokens_go_row_by_row_while_weights_are_few():
+    p = replace(FINE, m=2, n=GEMV_INT8_PRODUCTS // 2 // 4096)
+    assert isinstance(plan_act_quant(p, H200), GemvPlan)
+    assert isinstance(plan_act_quant(replace(p, n=p.n + 1), H200), Int8Plan)
+    # with 16 bits a tile is faster there
+    assert not isinstance(plan(replace(p, act="bf16", act_group_size=None), H200), GemvPlan)
 
 
 @pytest.mark.parametrize("groups", [(128, 128), (128, -1), (4096, -1), (256, 128)])
 def test_few_tokens_with_coarse_scales_are_not_rounded(groups):
     p = replace(FINE, group_size=groups[0], act_group_size=groups[1])
-    for m in range(2, TILE_MAX_M + 1):
+    for m in range(3, TILE_MAX_M + 1):
         assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
 
 
@@ -187,7 +214,7 @@ def test_long_prompts_with_a_scale_a_token_are_not_rounded():
 
 @pytest.mark.parametrize("arch,batch", [(H200, 3), (A100, 1)])
 def test_where_int8_tiles_of_hopper_do_not_serve(arch, batch):
-    for m in (2, 16):
+    for m in (3, 16):
         p = replace(FINE, m=m, batch=batch)
         assert isinstance(plan_act_quant(p, arch), ActQuantDecodePlan)
     for m in (17, 64, 127):

@@ -52,7 +52,7 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
     assert isinstance(plan, ExpertsPlan) and plan.name
     for part in (plan.first, plan.second):
         if isinstance(part, GemvPlan):
-            assert act_group_size is None and problem.group_size != 16
+            assert act_group_size != -1 and problem.group_size != 16
             # a program's rows are all there, without a gate too
             outputs = problem.inter if part is plan.first else problem.hidden
             assert outputs >= part.rows
@@ -91,7 +91,7 @@ def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
     first = block.first
     if isinstance(first, GemvPlan):
         # nor has it gates
-        first = plan_gemv(rows, n, k, 128, arch, "none")
+        first = plan_gemv(rows, n, k, 128, arch, "none", act_group_size=act_group_size)
     elif isinstance(first, PairsPlan):
         # nothing is launched ahead of it that it may overtake
         first = dataclasses.replace(first, pdl="none")

@@ -1,7 +1,11 @@
 """Which kernel, with which tile, serves int8 activations: plan_act_quant(problem, arch) -> plan.
 
 Integers and a frozen Arch in, frozen dataclasses out, as in dispatch.py. Needs no GPU, no torch and
-no triton. Activations are quantised in a launch of their own, before any of:
+no triton. One token, or a few with few weights, is quantised by each program for itself:
+
+    gemv     activation groups of 32, 64 or 128 (dispatch_gemv.py)
+
+Otherwise activations are quantised in a launch of their own, before any of:
 
     dp4a     one token: a thread has a slice of a row
     tile     more tokens on a Hopper: the tiles of dispatch_int8.py, or where they do not serve
@@ -26,8 +30,10 @@ from w4tensor.dispatch import (
     KWIDTH_2_EVERYWHERE,
     Arch,
     Problem,
+    is_row_by_row,
     workspace_rows,
 )
+from w4tensor.dispatch_gemv import GemvPlan, plan_gemv, serves_gemv
 from w4tensor.dispatch_hopper import HopperPlan, hopper_us, plan_hopper, serves
 from w4tensor.dispatch_int8 import (
     Int8Plan,
@@ -160,7 +166,8 @@ class ActQuantRoundedPlan:
 
 
 ActQuantPlan = (
-    ActQuantDp4aPlan
+    GemvPlan
+    | ActQuantDp4aPlan
     | ActQuantDecodePlan
     | ActQuantGemmPlan
     | Int8Plan
@@ -177,6 +184,16 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
     >>> plan_act_quant(p, h200).name
     'int8 tile 8x64/2'
     """
+    if is_row_by_row(p) and serves_gemv(p.n, p.k, p.group_size, arch, p.act_group_size):
+        return plan_gemv(
+            p.m * p.batch,
+            p.n,
+            p.k,
+            p.group_size,
+            arch,
+            symmetric=p.symmetric,
+            act_group_size=p.act_group_size,
+        )
     if p.m <= DP4A_MAX_M:
         return _dp4a_plan(p, arch)
     rounded = _rounded_plan(p, arch)

@@ -311,10 +311,11 @@ def _plan_few(
     product: Literal["none", "first", "second"],
 ) -> FewPlan:
     """`items` sums over `top_k` slots, each of a row of x [k] times W: `n` outputs."""
-    if act_group_size is None and serves_gemv(n, k, group_size, arch):
+    if serves_gemv(n, k, group_size, arch, act_group_size):
         # what a block's first product makes of a gate and an up row each
         rows = 2 * n if product == "first" else n
-        return plan_gemv(items, rows, top_k * k, group_size, arch, product)
+        shape = items, rows, top_k * k, group_size
+        return plan_gemv(*shape, arch, product, act_group_size=act_group_size)
     return plan_pairs(top_k, k, arch, product)
 
 

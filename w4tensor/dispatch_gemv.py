@@ -49,17 +49,25 @@ class GemvPlan:
         return f"gemv {self.rows}x{WARP_K * self.num_warps}"
 
 
-def serves_gemv(n: int, k: int, group_size: int, arch: Arch) -> bool:
-    """Whether the kernel can: whole programs, pairs of k, and words that have one scale each."""
+def serves_gemv(
+    n: int, k: int, group_size: int, arch: Arch, act_group_size: int | None = None
+) -> bool:
+    """Whether the kernel can: whole programs, x in pairs or with int8 activations in 16 bytes, and
+    words that have one scale each."""
     known = group_size >= 32 or group_size == k
-    sizes = n >= ROWS and k % 2 == 0 and n * k < MAX_WEIGHTS
-    return arch.capability >= MIN_CAPABILITY and sizes and known
+    if act_group_size is not None:
+        # a scale a token would need all of x first
+        known = known and act_group_size != -1
+    whole = k % (2 if act_group_size is None else 8) == 0
+    return (
+        arch.capability >= MIN_CAPABILITY and n >= ROWS and whole and n * k < MAX_WEIGHTS and known
+    )
 
 
 def warps_per_sm(more: bool, ahead: bool) -> int:
     """How many find registers on a multiprocessor (tests/kernels/lowering/test_gemv.py).
 
-    more: a thread has more than one scale of each row: finer ones, or zero points beside them.
+    more: a thread has more than one scale of a row's chunk: finer ones, or zero points beside them.
     """
     return 20 - 4 * more - 4 * ahead
 
@@ -72,15 +80,18 @@ def plan_gemv(
     arch: Arch,
     product: Literal["none", "first", "second"] = "second",
     symmetric: bool = True,
+    act_group_size: int | None = None,
 ) -> GemvPlan:
     """The plan for `items` rows of x, each of `k` numbers, times [n, k] each.
+
+    act_group_size: of int8 activations, whose words have one scale each; None for 16 bits.
 
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> plan_gemv(1, 4096, 4096, 128, h200).name
     'gemv 8x4096'
     """
     programs = items * -(-n // ROWS)
-    more = group_size < 128 or not symmetric
+    more = not symmetric or (group_size < 128 and act_group_size is None)
 
     def rounds(warps: int, ahead: bool) -> int:
         return -(-programs * warps // (warps_per_sm(more, ahead) * arch.num_sms))

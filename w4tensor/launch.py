@@ -36,7 +36,7 @@ from w4tensor.kernels.decode import decode
 from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
-from w4tensor.kernels.gemv import aligned_pairs, gemv
+from w4tensor.kernels.gemv import aligned, gemv
 from w4tensor.kernels.hopper_loop import aligned_rows
 from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
@@ -168,7 +168,7 @@ def run_coalesced(
     """
     weight = qdata, scale, zero_point
     if isinstance(plan, GemvPlan):
-        rows = aligned_pairs(x.flatten(0, 1))
+        rows = aligned(x.flatten(0, 1))
         return gemv(rows, *weight, bias, y.flatten(0, 1), group_size, plan)
     if isinstance(plan, DecodePlan):
         return decode(x, *weight, bias, y, group_size, plan)
@@ -301,10 +301,28 @@ def act_quant_linear(
     e, m, _ = x3.shape
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
-    # a launch that quantises stands between a copy and what may start before it is done
     given = qdata, scale, zero_point, bias
-    qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     bias = None if bias is None else bias.contiguous()
+    if isinstance(plan, GemvPlan):
+        if not _are_whole_rows(qdata, scale, zero_point):
+            qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
+            plan = replace(plan, pdl="none")
+        rows = x3 if x3.stride(-1) == 1 else x3.contiguous()
+        start = gemv(
+            aligned(rows.flatten(0, 1), 16),
+            qdata,
+            scale,
+            zero_point,
+            bias,
+            y.view(e * m, n),
+            group_size,
+            plan,
+            act_group_size=act_group_size,
+        )
+        alike.remember(start, x, *given, group_size, act_group_size)
+        return y
+    # a launch that quantises stands between a copy and what may start before it is done
+    qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     if isinstance(plan, ActQuantHopperPlan):
         gemm, overlap = plan.gemm, plan.overlap
 

@@ -32,7 +32,7 @@ from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
 from w4tensor.kernels.gather import gather_rows
-from w4tensor.kernels.gemv import aligned_pairs, gemv
+from w4tensor.kernels.gemv import aligned, gemv
 from w4tensor.kernels.grouped import multiply_grouped
 from w4tensor.kernels.grouped_hopper import multiply_grouped_hopper
 from w4tensor.kernels.grouped_int8_hopper import multiply_grouped_int8_hopper
@@ -196,8 +196,11 @@ def _sixteen_bit(x: Tensor, stack: Stack, word_order: bool = False, pdl: bool = 
 def _pairs(x: Tensor, ids: Tensor, stack: Stack, y: Tensor, plan: FewPlan, **fused: Any) -> Tensor:
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
     if isinstance(plan, GemvPlan):
-        x = aligned_pairs(_sixteen_bit(x, stack))
-        gemv(x, *weights, y, stack.group_size, plan, ids=ids, **fused)
+        act_group_size = stack.act_group_size
+        # int8 codes it makes itself
+        x = aligned(_sixteen_bit(x, stack)) if act_group_size is None else aligned(_rows(x), 16)
+        fused |= dict(ids=ids, act_group_size=act_group_size)
+        gemv(x, *weights, y, stack.group_size, plan, **fused)
         return y
     word_order = takes_word_order(stack.qdata, stack.group_size)
     x = _sixteen_bit(x, stack, word_order, pdl=plan.pdl != "none")

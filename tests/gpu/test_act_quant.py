@@ -12,7 +12,14 @@ from w4tensor import Int4ActQuantTensor, arch, dispatch, reference
 from w4tensor.dispatch_act_quant import ActQuantHopperPlan
 from w4tensor.summary import problem_of
 
-from .test_linear import MANY_TOKENS, TOKENS, _poison, codes, rel_err  # noqa: F401
+from .test_linear import (  # noqa: F401
+    MANY_TOKENS,
+    TOKENS,
+    _poison,
+    codes,
+    rel_err,
+    rounded_weight,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +35,7 @@ def definition(x, w, bias=None, rounded=False):
     x_hat = x_q.double() * x_scale.double().repeat_interleave(group, -1)[..., :k]
     w_hat = reference.dequantize(*w.to_codes()).double()
     if rounded:
-        x_hat, w_hat = x_hat.to(x.dtype).double(), w_hat.to(x.dtype).double()
+        x_hat, w_hat = x_hat.to(x.dtype).double(), rounded_weight(w, x.dtype).double()
     y = x_hat @ w_hat.mT
     return y if bias is None else y + bias.double()
 

@@ -53,6 +53,15 @@ def codes(n, k, group_size, zero, dtype, seed=0, stack=()):
     return q, scale.to(dtype), zero_point
 
 
+def rounded_weight(w, dtype):
+    """As tiles multiply it: (q - 8) * scale + (8 - zero_point) * scale, which is rounded first."""
+    q, scale, zero_point = w.to_codes()
+    shift = torch.zeros_like(scale) if zero_point is None else (8 - zero_point.float()) * scale
+    size = q.shape[-1] // scale.shape[-1]
+    scale, shift = (t.to(dtype).double().repeat_interleave(size, -1) for t in (scale, shift))
+    return ((q.double() - 8) * scale + shift).to(dtype)
+
+
 def oracle(x, w, bias=None):
     y = x.double() @ reference.dequantize(*w.to_codes()).double().mT
     return y if bias is None else y + bias.double()

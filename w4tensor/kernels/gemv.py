@@ -1,19 +1,22 @@
 """y[i] = f(sum over j < TOP_K of weight[i, j] * (W[e] @ x[..] + bias[e])): one row of x at a time.
 
-COALESCED weights times 16-bit activations by integer dot products (dp4a), without the matrix unit:
+Weights times activations by integer dot products (dp4a), without the matrix unit:
 
-                 thread 0         thread 1         a thread has chunks of 16 bytes, the 32 k of one
-    row n      | chunk 0: 32 k  | chunk 1       |  lane of a block of 128 (layout.py), of ROWS rows
-    row n + 1  | chunk 0        | chunk 1       |  in turn; a program's threads share K
+                 thread 0         thread 1         a thread has chunks of 16 bytes, which hold 32 k,
+    row n      | chunk 0: 32 k  | chunk 1       |  of ROWS rows in turn; a program's threads share
+    row n + 1  | chunk 0        | chunk 1       |  K
 
 All rows of a step are in flight at once, 512 contiguous bytes of each for a warp. Slots of a token
 follow one another along K, as one long row.
 
-x becomes two planes of bytes, for each slot and 128 k with a scale of their own (planes.py). A row
-with an Inf or NaN among its x gives NaN.
+Each thread makes integers of its part of x, with a scale of their own:
 
-Products are summed in integers over a group of weights, or the 128 k at most, then in fp32, over
-threads in a fixed tree: two runs give the same bits.
+    COALESCED   two planes of bytes for each slot and 128 k (planes.py, gemv_coalesced.py)
+    ACT_QUANT   int8 codes for each activation group of 32, 64 or 128 k (codes.py,
+                gemv_act_quant.py), as the definition of the type has them
+
+A row with an Inf or NaN among its x gives NaN. Sums are integers over a part of k that has one
+scale of either kind, then fp32, over threads in a fixed tree: two runs give the same bits.
 
     linear    x [E * M, K] -> y [E * M, N]               item e * M + m with W[e]
     first     x [T, H]     -> h [T * top_k, I]           TOP_K 1, X_DIV top_k, f = act(gate) * up
@@ -32,130 +35,36 @@ import torch
 import triton
 import triton.language as tl
 
-from w4tensor.kernels.dp4a import U8_S8, U8_U8, dp4a
+from w4tensor.kernels.codes import as_codes, load_slices
 from w4tensor.kernels.gate import activate, gated
+from w4tensor.kernels.gemv_act_quant import scales_of_slices, step_of_slices
+from w4tensor.kernels.gemv_coalesced import UNIT, groups, load_pairs, step, sums_of_words
 from w4tensor.kernels.launcher import Launcher
-from w4tensor.kernels.planes import as_planes, four
-from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
+from w4tensor.kernels.planes import as_planes
+from w4tensor.kernels.unpack import use_asm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from w4tensor.dispatch_gemv import GemvPlan
 
-LOW_NIBBLES = tl.constexpr(0x0F0F0F0F)
-HIGH_NIBBLES = tl.constexpr(-0x0F0F0F10)
-ONES = tl.constexpr(0x01010101)
-# high nibbles stand for 16 times their codes: sums are in units of 1 / UNIT
-UNIT = tl.constexpr(16)
-
 
 @triton.jit
-def _sums_of_words(planes, ASM: tl.constexpr):
-    """UNIT times the sums of x of each of four words, and of all of them; in two planes."""
-    high_x, low_x = planes
-    none = tl.zeros(high_x[0][0].shape, tl.int32)
-    high_sums = ()
-    low_sums = ()
-    high_all = none
-    low_all = none
-    for i in tl.static_range(4):
-        high = dp4a(none + ONES, high_x[0][i], none, U8_S8, ASM)
-        low = dp4a(none + ONES, low_x[0][i], none, U8_U8, ASM)
-        high = dp4a(none + ONES, high_x[1][i], high, U8_S8, ASM) * UNIT
-        low = dp4a(none + ONES, low_x[1][i], low, U8_U8, ASM) * UNIT
-        high_sums += (high,)
-        low_sums += (low,)
-        high_all += high
-        low_all += low
-    return high_sums + (high_all,), low_sums + (low_all,)
-
-
-@triton.jit
-def _sum(high, low):
-    """Of sums of the two planes; fp32."""
-    return (high * 256 + low).to(tl.float32)
-
-
-@triton.jit
-def _step(
-    acc,
-    words,
-    scale,
-    zero,
-    # what as_planes() and _sums_of_words() made of x
-    planes,
-    sums,
-    unit,
-    FINE: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """acc [T] + one row's chunks."""
-    high_x, low_x = planes
-    high_sums, low_sums = sums
-    w = four(words)
-    none = tl.zeros(acc.shape, tl.int32)
-    if FINE:
-        s = four(scale.to(tl.float32))
-        part = tl.zeros(acc.shape, tl.float32)
-        for i in tl.static_range(4):
-            low_w = w[i] & LOW_NIBBLES
-            high_w = w[i] & HIGH_NIBBLES
-            high = dp4a(low_w, high_x[0][i], none, U8_S8, ASM) * UNIT
-            low = dp4a(low_w, low_x[0][i], none, U8_U8, ASM) * UNIT
-            high += dp4a(high_w, high_x[1][i], high_sums[i] * -8, U8_S8, ASM)
-            low += dp4a(high_w, low_x[1][i], low_sums[i] * -8, U8_U8, ASM)
-            d = _sum(high, low)
-            if zero is not None:
-                z = four(zero.to(tl.float32))
-                d -= (z[i] - SYMMETRIC_ZERO_POINT) * _sum(high_sums[i], low_sums[i])
-            part += d * s[i]
-        return acc + part * unit
-    else:
-        high_0 = none
-        low_0 = none
-        high_1 = high_sums[4] * -8
-        low_1 = low_sums[4] * -8
-        for i in tl.static_range(4):
-            low_w = w[i] & LOW_NIBBLES
-            high_w = w[i] & HIGH_NIBBLES
-            high_0 = dp4a(low_w, high_x[0][i], high_0, U8_S8, ASM)
-            low_0 = dp4a(low_w, low_x[0][i], low_0, U8_U8, ASM)
-            high_1 = dp4a(high_w, high_x[1][i], high_1, U8_S8, ASM)
-            low_1 = dp4a(high_w, low_x[1][i], low_1, U8_U8, ASM)
-        d = _sum(high_0 * UNIT + high_1, low_0 * UNIT + low_1)
-        if zero is not None:
-            d -= (zero.to(tl.float32) - SYMMETRIC_ZERO_POINT) * _sum(high_sums[4], low_sums[4])
-        return acc + d * unit * scale.to(tl.float32)
-
-
-@triton.jit
-def _groups(
+def _scales(
     ptr,
     row,
     chunk,
     ok,
     n_groups,
-    # 0 where the row is one group
+    K,
     GROUP: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    ACT_QUANT: tl.constexpr,
 ):
-    """Scales or zero points of a row's chunks: [T], or of each word where a block has several."""
-    if GROUP == 0 or GROUP >= 128:
-        group = chunk * 0 if GROUP == 0 else chunk // 4 // (GROUP // 128)
-        return tl.load(ptr + (row * n_groups + group), mask=ok, other=0.0)
+    if ACT_QUANT:
+        return scales_of_slices(ptr, row, chunk, ok, n_groups, K, GROUP, WHOLE_BLOCKS)
     else:
-        PARTS: tl.constexpr = 128 // GROUP
-        first = chunk // 4 * PARTS
-        ok = ok[:, None]
-        part = (tl.arange(0, 4) // (GROUP // 32))[None, :]
-        if WHOLE_BLOCKS:
-            # one load of neighbours
-            at = tl.multiple_of(row * n_groups + first, [PARTS])
-        else:
-            at = row * n_groups + first
-            ok = ok & (first[:, None] + part < n_groups)
-        return tl.load((ptr + at)[:, None] + part, mask=ok, other=0.0)
+        return groups(ptr, row, chunk, ok, n_groups, GROUP, WHOLE_BLOCKS)
 
 
 @triton.jit
@@ -167,10 +76,12 @@ def _load_rows(
     chunk,
     ok,
     N,
+    K,
     n_chunks,
     n_groups,
     GROUP: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    ACT_QUANT: tl.constexpr,
 ):
     """Words, scales and zero points of chunks of each row; all in flight at once."""
     w_ptr, scale_ptr, zero_ptr = w
@@ -188,11 +99,15 @@ def _load_rows(
         at = (w_ptr + (rows[r] * n_chunks + chunk) * 4)[:, None] + tl.arange(0, 4)[None, :]
         words += (tl.load(at, mask=ok[:, None], other=0, eviction_policy="evict_first"),)
     for r in tl.static_range(len(rows)):
-        scales += (_groups(scale_ptr, rows[r], chunk, ok, n_groups, GROUP, WHOLE_BLOCKS),)
+        scale = _scales(scale_ptr, rows[r], chunk, ok, n_groups, K, GROUP, WHOLE_BLOCKS, ACT_QUANT)
+        scales += (scale,)
     if zero_ptr is not None:
         zero_ptr += first_group
         for r in tl.static_range(len(rows)):
-            zeros += (_groups(zero_ptr, rows[r], chunk, ok, n_groups, GROUP, WHOLE_BLOCKS),)
+            zero = _scales(
+                zero_ptr, rows[r], chunk, ok, n_groups, K, GROUP, WHOLE_BLOCKS, ACT_QUANT
+            )
+            zeros += (zero,)
     return words, scales, zeros
 
 
@@ -266,6 +181,8 @@ def _gemv_kernel(
     TOP_K: tl.constexpr,
     # 0 where the row is one group
     GROUP: tl.constexpr,
+    # of activations, of an ACT_QUANT W; None of a COALESCED one
+    ACT_GROUP: tl.constexpr,
     # whether K is a multiple of 128
     WHOLE_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -278,6 +195,7 @@ def _gemv_kernel(
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     FINE: tl.constexpr = GROUP > 0 and GROUP < 128
+    ACT_QUANT: tl.constexpr = ACT_GROUP is not None
     if PDL == "first":
         # routing may still be on its way; once it is here, the second product may begin to load
         tl.extra.cuda.gdc_wait()
@@ -291,7 +209,11 @@ def _gemv_kernel(
     rows = ()
     for r in tl.static_range(ROWS):
         rows += (_row(n0, r, N, ROWS, GATE),)
-    pairs_ptr = (x_ptr + item * TOP_K // X_DIV * stride_x).to(tl.pointer_type(tl.int32))
+    if ACT_QUANT:
+        # rows begin at multiples of 16 bytes: said like this, as a hint on an argument is lost
+        NUMBERS: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        stride_x = stride_x // NUMBERS * NUMBERS
+    x_ptr += item * TOP_K // X_DIV * stride_x
     total = TOP_K * n_chunks
     w = w_ptr, scale_ptr, zero_ptr
 
@@ -299,7 +221,7 @@ def _gemv_kernel(
     slot, chunk, expert, ok = _slots(ids_ptr, item, thread, M, E, n_chunks, TOP_K)
     # weights are nobody's output
     words, scales, zeros = _load_rows(
-        w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
+        w, rows, expert, chunk, ok, N, K, n_chunks, n_groups, GROUP, WHOLE_BLOCKS, ACT_QUANT
     )
     if PDL == "second":
         tl.extra.cuda.gdc_wait()
@@ -307,38 +229,41 @@ def _gemv_kernel(
 
     accs = (tl.zeros([THREADS], tl.float32),) * ROWS
     for first in tl.range(0, total, THREADS, num_stages=1):
-        # pairs of x [(i, p, q', thread)], in the order in which Triton deals them to registers
-        f = tl.arange(0, 16 * THREADS)
-        x_slot, x_chunk, _, x_ok = _slots(ids_ptr, item, first + f % THREADS, M, E, n_chunks, TOP_K)
-        # t, in a form that keeps neighbours from being taken for one load of 16 bytes
-        t = (3 - x_chunk % 4) ^ 3
-        pair = x_chunk // 4 * 64 + t
-        of_thread = f // THREADS * 4
-        if not WHOLE_BLOCKS:
-            x_ok = x_ok & (of_thread < K // 2 - pair)
-        # added last, for one address to serve all of a thread's loads
-        x_ptrs = pairs_ptr + (x_slot * (stride_x // 2) + pair) + of_thread
-        pairs = tl.load(x_ptrs, mask=x_ok, other=0)
+        if ACT_QUANT:
+            x = load_slices(x_ptr, stride_x, slot, chunk, ok, K, WHOLE_BLOCKS)
+        else:
+            at = first + tl.arange(0, 16 * THREADS) % THREADS
+            x_slot, x_chunk, _, x_ok = _slots(ids_ptr, item, at, M, E, n_chunks, TOP_K)
+            x = load_pairs(x_ptr, stride_x, x_slot, x_chunk, x_ok, K, THREADS, WHOLE_BLOCKS)
         following = first + THREADS + thread
         next_slot, chunk, expert, ok = _slots(ids_ptr, item, following, M, E, n_chunks, TOP_K)
         if AHEAD:
             next_words, next_scales, next_zeros = _load_rows(
-                w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
+                w, rows, expert, chunk, ok, N, K, n_chunks, n_groups, GROUP, WHOLE_BLOCKS, ACT_QUANT
             )
-        planes, unit = as_planes(pairs, DTYPE, ASM)
-        x_sums = _sums_of_words(planes, ASM)
+        if ACT_QUANT:
+            codes, first_sum, second_sum, unit = as_codes(x, DTYPE, ACT_GROUP, ASM)
+        else:
+            planes, unit = as_planes(x, DTYPE, ASM)
+            x_sums = sums_of_words(planes, ASM)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + item * TOP_K + slot, mask=slot < TOP_K, other=0.0)
             unit *= weight.to(tl.float32)
         updated = ()
         for r in tl.static_range(ROWS):
             zero = zeros[r] if zero_ptr is not None else None
-            acc = _step(accs[r], words[r], scales[r], zero, planes, x_sums, unit, FINE, ASM)
+            acc = accs[r]
+            if ACT_QUANT:
+                acc = step_of_slices(
+                    acc, words[r], scales[r], zero, codes, first_sum, second_sum, unit, ASM
+                )
+            else:
+                acc = step(acc, words[r], scales[r], zero, planes, x_sums, unit, FINE, ASM)
             updated += (acc,)
         accs = updated
         if not AHEAD:
             next_words, next_scales, next_zeros = _load_rows(
-                w, rows, expert, chunk, ok, N, n_chunks, n_groups, GROUP, WHOLE_BLOCKS
+                w, rows, expert, chunk, ok, N, K, n_chunks, n_groups, GROUP, WHOLE_BLOCKS, ACT_QUANT
             )
         slot = next_slot
         words = next_words
@@ -371,15 +296,18 @@ def _gemv_kernel(
 
 
 # of a thread that loads weights ahead: the assembler takes up to 168 where it may; more kinds of
-# operands than one scale a thread would spill
+# operands than one scale a thread would spill, as would fp32 numbers and a K with a rest
 MAX_REGISTERS = 128
 
 _launch_gemv = Launcher(_gemv_kernel)
 
 
-def aligned_pairs(x: Tensor) -> Tensor:
-    """x [rows, K], K even and contiguous, or a copy whose pairs of numbers are 4-byte aligned."""
-    if x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0:
+def aligned(x: Tensor, bytes: int = 4) -> Tensor:
+    """x [rows, K], contiguous along K, or a copy whose rows begin at multiples of `bytes`.
+
+    K is a multiple of so many bytes; W4A16 takes pairs of x, W4A8 16 bytes at a time.
+    """
+    if x.stride(0) * x.itemsize % bytes == 0 and x.data_ptr() % bytes == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -394,18 +322,22 @@ def gemv(
     group_size: int,
     plan: GemvPlan,
     *,
+    act_group_size: int | None = None,
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     x_div: int = 1,
     gate: str = "none",
     act: str = "none",
 ) -> Callable | None:
-    """Fill y [items, N], or [items, N / 2] with a gate, from contiguous COALESCED W [E, N, *].
+    """Fill y [items, N], or [items, N / 2] with a gate, from contiguous W [E, N, *].
 
     Without ids, x [E * M, K] and item e * M + m takes W[e]; qdata may be [N, *], and bias is [N].
 
     Args:
-        x: [items * top_k / x_div, K], bf16 or fp16: K and the distance of rows even, K contiguous.
+        x: [items * top_k / x_div, K], K contiguous. For COALESCED W bf16 or fp16, K even, rows
+            4-byte aligned. For ACT_QUANT W fp32 too, K a multiple of 8 (fp32: of 4), rows 16-byte
+            aligned.
+        act_group_size: 32, 64 or 128, for ACT_QUANT W; None for COALESCED.
         ids: [items, top_k], contiguous; weight: the same shape, or None for ones; bias: [E, N].
         gate: "none", "halves" (gate rows, then up rows) or "interleaved" (gate, up, gate, ..).
         act: as kernels/gate.py names them.
@@ -420,8 +352,11 @@ def gemv(
     assert y.shape[1] >= rows, "the last program is a whole one"
     if items == 0:
         return None
-    coarse = n_groups == 1 or group_size >= 128
-    capped = plan.ahead and coarse and zero_point is None
+    if act_group_size is None:
+        few = n_groups == 1 or group_size >= 128
+    else:
+        few = x.itemsize == 2 and x.shape[1] % 128 == 0
+    capped = plan.ahead and few and zero_point is None
     again = _launch_gemv.again(
         (items * -(-y.shape[1] // rows),),
         x,
@@ -437,12 +372,14 @@ def gemv(
         n,
         x.shape[1],
         n_experts,
-        qdata.shape[-1] // 8,
+        # 16 bytes
+        qdata.shape[-1] * qdata.itemsize // 16,
         n_groups,
         x.stride(0),
         X_DIV=x_div,
         TOP_K=top_k,
         GROUP=0 if n_groups == 1 else group_size,
+        ACT_GROUP=act_group_size,
         WHOLE_BLOCKS=x.shape[1] % 128 == 0,
         ROWS=plan.rows,
         THREADS=32 * plan.num_warps,

@@ -40,21 +40,21 @@ def _split_bytes(a, b, c, d, ASM: tl.constexpr):
 
 
 @triton.jit
-def _larger_bf16(a, b):
+def larger_bf16(a, b):
     return tl.inline_asm_elementwise(
         "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _larger_fp16(a, b):
+def larger_fp16(a, b):
     return tl.inline_asm_elementwise(
         "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _numbers(pairs, DTYPE: tl.constexpr):
+def numbers(pairs, DTYPE: tl.constexpr):
     """The two numbers of each pair, as fp32."""
     if DTYPE == tl.bfloat16:
         low = (pairs << 16).to(tl.float32, bitcast=True)
@@ -72,10 +72,10 @@ def _exponents(pairs, DTYPE: tl.constexpr, ASM: tl.constexpr):
     T: tl.constexpr = pairs.shape[1]
     sizes = pairs & 0x7FFF7FFF
     if ASM and DTYPE == tl.bfloat16:
-        sizes = tl.reduce(sizes, 0, _larger_bf16)
+        sizes = tl.reduce(sizes, 0, larger_bf16)
     elif ASM:
-        sizes = tl.reduce(sizes, 0, _larger_fp16)
-    a, b = _numbers(sizes, DTYPE)
+        sizes = tl.reduce(sizes, 0, larger_fp16)
+    a, b = numbers(sizes, DTYPE)
     # of numbers without a sign, the order of bits is theirs; NaN is the largest
     largest = tl.maximum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True))
     if not ASM:
@@ -106,7 +106,7 @@ def as_planes(pairs, DTYPE: tl.constexpr, ASM: tl.constexpr):
     scale = ((268 - e) << 23).to(tl.float32, bitcast=True)
     unit = tl.where(e < 255, (e - 14) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
     # k = 32i + 16p + 8q' + 2t + r, of r = 0 and of r = 1
-    even, odd = _numbers(pairs, DTYPE)
+    even, odd = numbers(pairs, DTYPE)
     even = (even.reshape(16, T) * scale[None, :] + ROUND).to(tl.int32, bitcast=True)
     odd = (odd.reshape(16, T) * scale[None, :] + ROUND).to(tl.int32, bitcast=True)
     # -> [i, q', T] of p = 0 and p = 1; bytes of a word are r, then p

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.kernels.interpreter import products
 from tests.kernels.interpreter.products import expected, integral
 from w4tensor.dispatch_gemv import GemvPlan
-from w4tensor.kernels.gemv import aligned_pairs, gemv
+from w4tensor.kernels.gemv import aligned, gemv
 from w4tensor.layout import COALESCED
 from w4tensor.testing import REL_ERR_BUDGET, Int4Codes, random_codes, rel_err
 
@@ -18,7 +18,7 @@ GROUPS = (32, 64, 128, 256, -1)
 
 
 def _by_rows(x, qdata, scale, zero_point, bias, y, group_size, plan):
-    rows = aligned_pairs(x.flatten(0, 1))
+    rows = aligned(x.flatten(0, 1))
     gemv(rows, qdata, scale, zero_point, bias, y.flatten(0, 1), group_size, plan)
 
 

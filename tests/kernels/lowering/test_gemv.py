@@ -35,6 +35,7 @@ def _lower(
     gate: str = "none",
     ids: bool = False,
     whole: bool = True,
+    act: int | None = None,
     capability: int = 90,
 ) -> Lowered:
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": f"*{dtype}"}
@@ -46,14 +47,14 @@ def _lower(
         _gemv_kernel,
         {name: pointers.get(name, "i32") for name in _gemv_kernel.arg_names},
         dict.fromkeys(absent)
-        | dict(X_DIV=1, TOP_K=top_k, GROUP=group, WHOLE_BLOCKS=whole, ROWS=ROWS)
+        | dict(X_DIV=1, TOP_K=top_k, GROUP=group, ACT_GROUP=act, WHOLE_BLOCKS=whole, ROWS=ROWS)
         | dict(THREADS=32 * num_warps, AHEAD=ahead, GATE=gate, ACT="silu" if ids else "none")
         | dict(PDL="second" if capability >= 90 else "none", ASM=True),
         num_warps=num_warps,
         num_stages=1,
         capability=capability,
         unaligned=tuple(_gemv_kernel.do_not_specialize),
-        **({"maxnreg": MAX_REGISTERS} if ahead and group >= 128 and not zero else {}),
+        **({"maxnreg": MAX_REGISTERS} if ahead and (group >= 128 or act) and not zero else {}),
     )
 
 
@@ -61,14 +62,17 @@ def _check(budget: float, **kind) -> None:
     code = _lower(**kind)
     assert code.stack == 0, code
     # what dispatch takes for granted
-    more = kind.get("group", 128) < 128 or kind.get("zero", False)
-    room = warps_per_sm(more, kind.get("ahead", False))
+    fine = kind.get("group", 128) < 128 and not kind.get("act")
+    room = warps_per_sm(fine or kind.get("zero", False), kind.get("ahead", False))
+    if kind.get("act") and not kind.get("ahead"):
+        # dispatch was measured on Hopper
+        room -= 4 * (kind.get("capability", 90) < 90)
     assert code.registers * 32 * room <= REGISTERS, code.registers
     assert code.count("STS", "LDS", "BAR") == 0, code
-    # a row's weights of a step are one load
+    # a row's weights of a step are one load, and 32 numbers of x for int8 four
     loads = [o for o in code.opcodes if o.startswith("LDG") and o.endswith(".128")]
-    assert sum(code.opcodes[o] for o in loads) == ROWS, code.opcodes
-    assert code.count("IDP") >= 16 * ROWS, code
+    assert sum(code.opcodes[o] for o in loads) == ROWS + 4 * bool(kind.get("act")), code.opcodes
+    assert code.count("IDP") >= (8 if kind.get("act") else 16) * ROWS, code
     assert code.per_weight(ROWS * code.threads * 32) <= budget, code
 
 
@@ -112,6 +116,23 @@ def test_experts_first_product(gate):
 def test_experts_second_product():
     # each chunk has a slot to find
     _check(3.6, num_warps=4, ahead=True, ids=True, top_k=8)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("act", [32, 128])
+@pytest.mark.parametrize("num_warps,ahead", [(2, False), (2, True), (4, True), (4, False)])
+def test_int8_activations(num_warps, ahead, act, capability):
+    # codes take as many instructions as planes, and each word four instead of eight; finer groups
+    # of weights cost nothing, as a thread's slice has one scale
+    kind = dict(num_warps=num_warps, ahead=ahead, group=32, act=act, capability=capability)
+    _check(2.9 if capability < 90 else 2.6, **kind)
+
+
+def test_int8_activations_of_other_kinds():
+    _check(2.9, num_warps=2, act=32, zero=True)
+    _check(2.4, num_warps=2, act=32, dtype="fp16", ahead=True)
+    _check(2.7, num_warps=2, act=32, ids=True, gate="halves", ahead=True)
+    _check(2.9, num_warps=4, act=32, ids=True, top_k=8, ahead=True)
 
 
 def test_x_is_read_through_one_address():
