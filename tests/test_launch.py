@@ -84,9 +84,9 @@ def test_groups_of_16_are_not_hidden_by_shorter_rows(plans):
     "m,k,group,early",
     [
         # a tile of int8, and one of 16 bits on rounded x: each may start early, or loses by it
-        (4, 1024, 32, dict(pdl=True, overlap=True)),
-        (4, 8192, 32, dict(pdl=True, overlap=False)),
-        (4, 8192, -1, dict(pdl=True, overlap=True)),
+        (8, 1024, 32, dict(pdl=True, overlap=True)),
+        (8, 8192, 32, dict(pdl=True, overlap=False)),
+        (8, 8192, -1, dict(pdl=True, overlap=True)),
         (40, 1024, 32, dict(pdl=True, overlap=True)),
         (40, 8192, 32, dict(pdl=True, overlap=False)),
     ],

@@ -19,7 +19,13 @@ ALLOWED = {
     "layout": {"errors"},
     # dispatch.plan hands problems on, inside the function
     "dispatch": {"errors", "dispatch_act_quant", "dispatch_gemv", "dispatch_hopper"},
-    "dispatch_act_quant": {"dispatch", "dispatch_hopper", "dispatch_int8", "errors"},
+    "dispatch_act_quant": {
+        "dispatch",
+        "dispatch_gemv",
+        "dispatch_hopper",
+        "dispatch_int8",
+        "errors",
+    },
     "dispatch_experts": {"dispatch", "dispatch_gemv", "dispatch_hopper", "errors"},
     "dispatch_gemv": {"dispatch"},
     "dispatch_hopper": {"dispatch"},

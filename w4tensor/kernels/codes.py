@@ -87,20 +87,16 @@ def _absmax(words, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _divisor(absmax, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """What _code() needs: a power of two for x and scale, their product, r and rest."""
-    divisor = tl.where(scale > 0, scale, 1.0)
+def _divisor(absmax, scale, DTYPE: tl.constexpr):
+    """What _code() needs: a power of two for x, scale times that, and its r and rest."""
     lift = tl.full(scale.shape, 1.0, tl.float32)
     if DTYPE != tl.float16:
         # neither r nor rest nor a remainder may leave the normal numbers
         lift = tl.where(absmax < 2.0**-60, 2.0**100, lift)
         lift = tl.where(absmax > 2.0**60, 2.0**-100, lift)
-        divisor = tl.where(scale > 0, scale * lift, 1.0)
+    divisor = tl.where(scale > 0, scale * lift, 1.0)
     r = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-    rest = r
-    if ASM:
-        rest = tl.fma(-divisor, r, 1.0) * r
-    return lift, divisor, r, rest
+    return lift, divisor, r, tl.fma(-divisor, r, 1.0) * r
 
 
 @triton.jit
@@ -151,7 +147,7 @@ def as_codes(words, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr)
     k 0..15 and of k 16..31; and their scale [T]."""
     absmax = _absmax(words, DTYPE, GROUP, ASM)
     scale = tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32))
-    terms = _divisor(absmax, scale, DTYPE, ASM)
+    terms = _divisor(absmax, scale, DTYPE)
     codes = ()
     for i in tl.static_range(8):
         if DTYPE == tl.float32:

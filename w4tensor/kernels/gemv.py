@@ -210,7 +210,7 @@ def _gemv_kernel(
     for r in tl.static_range(ROWS):
         rows += (_row(n0, r, N, ROWS, GATE),)
     if ACT_QUANT:
-        # rows begin at multiples of 16 bytes: said like this, as a hint on an argument is lost
+        # rows begin at multiples of 16 bytes; tl.multiple_of() of an argument is lost
         NUMBERS: tl.constexpr = 128 // DTYPE.primitive_bitwidth
         stride_x = stride_x // NUMBERS * NUMBERS
     x_ptr += item * TOP_K // X_DIV * stride_x
@@ -302,12 +302,12 @@ MAX_REGISTERS = 128
 _launch_gemv = Launcher(_gemv_kernel)
 
 
-def aligned(x: Tensor, bytes: int = 4) -> Tensor:
-    """x [rows, K], contiguous along K, or a copy whose rows begin at multiples of `bytes`.
+def aligned(x: Tensor, size: int = 4) -> Tensor:
+    """x [rows, K], contiguous along K, or a copy whose rows begin at multiples of `size` bytes.
 
-    K is a multiple of so many bytes; W4A16 takes pairs of x, W4A8 16 bytes at a time.
+    K is a multiple of so many bytes. COALESCED weights take pairs of x, ACT_QUANT 16 bytes.
     """
-    if x.stride(0) * x.itemsize % bytes == 0 and x.data_ptr() % bytes == 0:
+    if x.stride(0) * x.itemsize % size == 0 and x.data_ptr() % size == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

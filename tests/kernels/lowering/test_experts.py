@@ -197,8 +197,8 @@ def check_grouped(code: Lowered, plan: GroupedPlan, budget: float | None = None)
     assert code.per_weight(plan.block_n * 128) < budget, code
 
 
-# W4A16's pairs come here where gemv.py does not take them: the plans are those of W4A8
-@pytest.mark.parametrize("plan,gate", shipped(PairsPlan, H200, 32))
+# pairs come here where gemv.py does not take them: the plans are those of one scale a token
+@pytest.mark.parametrize("plan,gate", shipped(PairsPlan, H200, -1))
 def test_pairs(plan, gate):
     check_pairs(lower_pairs(plan, gate=gate), plan)
 
@@ -219,7 +219,7 @@ def test_grouped_on_ampere(plan, gate):
 
 def test_fp16_small_groups_and_zero_points():
     # more scales to load and to apply, but no spill and no shared memory
-    pairs, gate = shipped(PairsPlan, H200, 32)[0]
+    pairs, gate = shipped(PairsPlan, H200, -1)[0]
     check_pairs(lower_pairs(pairs, "fp16", gate=gate), pairs)
     check_pairs(lower_pairs(pairs, "bf16", 32, gate=gate), pairs, 3.1)
     check_pairs(lower_pairs(pairs, "bf16", 128, True, gate=gate), pairs, 3.1)
@@ -231,7 +231,7 @@ def test_fp16_small_groups_and_zero_points():
 
 @pytest.mark.skipif(TRITON >= KWIDTH_2_EVERYWHERE, reason="int8 from 8 rows on, there")
 def test_the_bytes_for_int8_with_16_bit_activations():
-    pairs, gate = shipped(PairsPlan, H200, 32)[0]
+    pairs, gate = shipped(PairsPlan, H200, -1)[0]
     check_pairs(lower_pairs(pairs, gate=gate, act_quant=True), pairs, 2.7)
     grouped, gate = shipped(GroupedPlan, H200, 32)[0]
     check_grouped(lower_grouped(grouped, gate=gate, act_quant=True), grouped, 2.6)
@@ -249,7 +249,7 @@ def test_int8(plan, gate):
 
 
 def test_weights_of_the_second_product_are_on_their_way_before_it_waits_for_the_first():
-    plan = next(p for p, gate in shipped(PairsPlan, H200, 32) if gate == "none")
+    plan = next(p for p, gate in shipped(PairsPlan, H200, -1) if gate == "none")
     code = lower_pairs(replace(plan, pdl="second"))
     wait = code.text.index("ACQBULK")
     loads = [at for at in range(len(code.text)) if code.text.startswith("LDG.E.128", at)]
