@@ -162,12 +162,13 @@ def generate(
     prompt: int,
     new: int,
     watch: torch.profiler.profile | None = None,
+    steps: int | None = None,
 ) -> tuple[float, float]:
-    """Seconds until the first logits, and seconds from there to the last ones."""
+    """Seconds until the first logits, and seconds from there for `steps` more, or for all."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
-    clock = Clock(new - 1, watch)
+    clock = Clock(new - 1 if steps is None else steps, watch)
     settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=False,
@@ -203,14 +204,16 @@ def prefill_rate(model: nn.Module, prompt: int, repeats: int = 5) -> float:
     return prompt / statistics.median(generate(model, 1, prompt, 1)[0] for _ in range(repeats))
 
 
-def profile(model: nn.Module, new: int = 17) -> str:
-    """A table of what the device does in one decode step at batch 1, after compiling."""
-    for _ in range(2):
-        _, seconds = generate(model, 1, DECODE_PROMPT, new)
+def profile(model: nn.Module, new: int, steps: int = 16) -> str:
+    """A table of what the device does in one decode step at batch 1.
+
+    new: as decode_rate() had it just now, for which the cache is sized and the step compiled.
+    """
+    _, seconds = generate(model, 1, DECODE_PROMPT, new, steps=steps)
     activity = torch.profiler.ProfilerActivity
     on_device = torch.cuda.is_available()
     watch = torch.profiler.profile(activities=[activity.CUDA if on_device else activity.CPU])
-    generate(model, 1, DECODE_PROMPT, new, watch)
+    generate(model, 1, DECODE_PROMPT, new, watch, steps)
     # {kernel: [microseconds, launches]}
     total: dict[str, list[float]] = {}
     for event in watch.events():
@@ -221,11 +224,11 @@ def profile(model: nn.Module, new: int = 17) -> str:
             continue
         spent = event.time_range.elapsed_us() if on_device else event.self_cpu_time_total
         entry = total.setdefault(event.name, [0.0, 0.0])
-        entry[0] += spent / (new - 1)
-        entry[1] += 1 / (new - 1)
+        entry[0] += spent / steps
+        entry[1] += 1 / steps
     table = sorted(((us, calls, name) for name, (us, calls) in total.items()), reverse=True)
     busy = sum(us for us, _, _ in table)
-    step = seconds / (new - 1) * 1e6
+    step = seconds / steps * 1e6
     lines = [
         f"one decode step: {step:.0f} us, of which the device works {busy:.0f} us",
         f"{'us':>9s} {'share':>6s} {'calls':>6s}  kernel",
@@ -277,16 +280,17 @@ def work(options: argparse.Namespace) -> None:
             rate, compiling = decode_rate(model, batch, options.new)
             record("decode_tok_s", rate, batch, DECODE_PROMPT)
             record("compile_s", compiling, batch, DECODE_PROMPT)
+            # before another prompt, whose cache of another size would compile the step once more
+            if batch == 1 and options.profile:
+                table = profile(model, options.new)
+                path = options.out.parent / f"profile-{options.model}-{impl}.txt"
+                path.write_text(table)
+                print(f"{path}\n" + "\n".join(table.splitlines()[:14]), flush=True)
             if batch == 1:
                 prompt = 64 if options.smoke else PREFILL_PROMPT
                 record("prefill_tok_s", prefill_rate(model, prompt), 1, prompt)
                 if device == "cuda":
                     record("peak_gb", torch.cuda.max_memory_allocated() / 1e9, 1, prompt)
-                if options.profile:
-                    table = profile(model)
-                    path = options.out.parent / f"profile-{options.model}-{impl}.txt"
-                    path.write_text(table)
-                    print(f"{path}\n" + "\n".join(table.splitlines()[:14]), flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

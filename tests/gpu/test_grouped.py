@@ -7,7 +7,7 @@ import torch
 
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, reference
 
-from .test_linear import _poison, codes, rel_err, rounded_weight  # noqa: F401
+from .test_linear import _poison, codes, rel_err  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +16,8 @@ act_groups = pytest.mark.parametrize("act_group_size", [None, 32, 128, -1])
 
 
 def weight(stack, k, group_size, zero, dtype, act_group_size=None):
-    q, scale, zero_point = codes(96, k, group_size, zero, dtype, stack=(stack,))
+    # so many that one row's outputs have the error that budgets are of, which is a mean
+    q, scale, zero_point = codes(1440, k, group_size, zero, dtype, stack=(stack,))
     if act_group_size is None:
         return CudaCoalescedInt4Tensor.from_codes(q, scale, zero_point, group_size=group_size)
     fields = {"group_size": group_size, "act_group_size": act_group_size}
@@ -32,20 +33,16 @@ def seen(x, w):
     return x_q.double() * x_scale.double().repeat_interleave(group, -1)[:, : x.shape[1]]
 
 
-def product(x, dense, offs):
-    """fp64, of x [T, K] sorted by expert and dense [E, N, K]."""
-    x, dense = x.double(), dense.double()
+def expected(x, w, offs):
+    """The definition in fp64."""
+    x = seen(x, w)
+    dense = reference.dequantize(*w.to_codes()).double()
     y = torch.zeros(x.shape[0], dense.shape[1], dtype=torch.float64, device="cuda")
     start = 0
     for e, end in enumerate(offs.tolist()):
         y[start:end] = x[start:end] @ dense[e].mT
         start = end
     return y
-
-
-def expected(x, w, offs):
-    """The definition in fp64."""
-    return product(seen(x, w), reference.dequantize(*w.to_codes()), offs)
 
 
 @act_groups
@@ -61,10 +58,9 @@ def test_rows_meet_their_experts(rows, zero, group_size, act_group_size):
         offs = ends.to("cuda", torch.int32)
         y = torch._grouped_mm(x, w.transpose(-2, -1), offs=offs)
         ref = expected(x, w, offs)
-        # of so few outputs, what rounding operands and the answer as tiles do takes on these data
-        rounded = product(seen(x, w).to(dtype), rounded_weight(w, dtype), offs).to(dtype)
+        # kernels with 16-bit activations round what the codes mean to 16 bits
         budget += rel_err(seen(x, w).to(dtype), seen(x, w))
-        assert rel_err(y, ref) <= max(budget, 1.05 * rel_err(rounded, ref))
+        assert rel_err(y, ref) <= max(budget, 2 * rel_err(ref.to(dtype), ref))
         assert (y[ends[-1] :] == 0).all()
         torch.cuda.set_sync_debug_mode("error")
         again = torch._grouped_mm(x, w.transpose(-2, -1), offs=offs)

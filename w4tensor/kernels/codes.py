@@ -114,8 +114,9 @@ def _code(x, terms, DTYPE: tl.constexpr, ASM: tl.constexpr):
             q = tl.fma(tl.fma(q, -divisor, x), r, q)
     else:
         q = tl.fma(x, r, x * rest)
-    if DTYPE != tl.float16:
-        # subnormal scales are coarse enough to pass 127
+    if DTYPE == tl.float32:
+        # subnormal scales of few bits let quotients pass 127; those of bf16, from 2**-133 on, have
+        # ten, which keep them below 127.2
         q = tl.clamp(q, -127.0, 127.0)
     return _bits(q + ROUNDING)
 
