@@ -123,9 +123,8 @@ def test_regimes_change_where_dispatch_says(shape):
     if shape.n == 1:
         gemv = 0
     small = shape.n * shape.k < dispatch.DECODE_SMALL
-    border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M
-    if shape.group_size == 32 and shape.n * shape.k >= dispatch.DECODE_FINE:
-        border = 0
+    tall = shape.n >= dispatch.DECODE_TALL
+    border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M * tall
     assert all(isinstance(at(m), GemvPlan) for m in range(1, gemv + 1))
     assert all(isinstance(at(m), DecodePlan) for m in range(gemv + 1, border + 1))
     assert isinstance(at(max(gemv, border) + 1), HopperPlan)
@@ -214,20 +213,24 @@ def test_what_the_row_by_row_kernel_does_not_take_is_decoded():
     assert not serves_gemv(256, 1024, 128, H200, -1)
 
 
-def test_many_weights_with_groups_of_32_are_decoded_by_tiles():
-    n = dispatch.DECODE_FINE // 4096
-    m = dispatch.DECODE_MAX_M
-    assert isinstance(plan(Problem(m, n, 4096, 32, "bf16"), H200), HopperPlan)
-    assert isinstance(plan(Problem(m, n + 2049, 4096, 64, "bf16"), H200), DecodePlan)
-    # only where the tile kernel runs
-    assert isinstance(plan(Problem(m, n + 2049, 4096, 32, "bf16"), A100), DecodePlan)
-    assert isinstance(plan(Problem(m, n + 2049, 4096, 32, "bf16", batch=2), H200), DecodePlan)
-    assert isinstance(plan(Problem(m, n - 1, 4096, 32, "bf16"), H200), DecodePlan)
-    assert isinstance(plan(Problem(m + 1, n - 1, 4096, 32, "bf16"), H200), HopperPlan)
+def test_two_tokens_are_decoded_where_rows_are_few_or_very_many():
+    m, small, tall = dispatch.DECODE_MAX_M, dispatch.DECODE_SMALL // 4096, dispatch.DECODE_TALL
+
+    def at(n, m=m, group=64, arch=H200, batch=1):
+        return plan(Problem(m, n, 4096, group, "bf16", batch=batch), arch)
+
+    # the row-by-row kernel takes fewer still
+    assert isinstance(at(small - 1, m + 1), DecodePlan) and isinstance(at(small, m + 1), HopperPlan)
+    assert isinstance(at(small + 1), HopperPlan) and isinstance(at(tall - 1), HopperPlan)
+    assert isinstance(at(tall), DecodePlan) and isinstance(at(tall, m + 1), HopperPlan)
+    assert isinstance(at(tall, group=32), HopperPlan)
+    # wherever the tile kernel does not run
+    assert isinstance(at(small + 1, arch=A100), DecodePlan)
+    assert isinstance(at(small + 1, batch=2), DecodePlan)
 
 
 def test_the_operand_order_follows_the_triton_release():
-    problem = Problem(2, 8192, 4096, 128, "bf16")
+    problem = Problem(2, dispatch.DECODE_TALL, 4096, 128, "bf16")
     assert plan(problem, H200).kwidth == 4
     assert plan(problem, Arch((9, 0), 132, (3, 7))).kwidth == 4
     assert plan(problem, Arch((9, 0), 132, (3, 8))).kwidth == 2

@@ -41,17 +41,16 @@ GEMV_FINE_PRODUCTS = 3 << 23
 GEMV_INT8_PRODUCTS = 3 << 24
 GEMV_MANY_PRODUCTS = 1 << 23
 GEMV_MANY_MIN_K = 1024
-# up to here kernels/decode.py, whose warps load x for themselves, is faster than a tile that shares
-# x (28672 x 4096: 22.2 us for 2 tokens against 24.8; 24.7 for 3)
+# where no tile of dispatch_hopper.py serves, up to here kernels/decode.py, whose warps load x for
+# themselves; where one does, only with so many rows, a vocabulary (2 tokens, 128256 x 4096: 73.9 us,
+# tile 78.9; but 28672 x 4096: 22.7, tile 21.4; 9216 x 2048: 7.8, tile 7.0; 8192 x 8192: 14.1, tile
+# 14.5) and coarse groups (of 32, 128256 x 4096: 91.6, tile 88.2)
 DECODE_MAX_M = 2
+DECODE_TALL = 3 << 15
 # for smaller matrices than this, up to so many tokens (4 at 2048 x 4096: 4.8 us against 6.1; 5120 x
 # 2880, group 32: 6.6 against 8.7; but 4096 x 4096: 7.3 against 7.2)
 DECODE_SMALL_MAX_M = 4
 DECODE_SMALL = 1 << 24
-# from so many weights with groups of 32 a tile is faster than decode at any number of tokens (1
-# token, 43008 x 5376: 44.6 us against 49.3; 5376 x 8192: 13.6 against 15.8; 2 tokens, 5376 x 21504:
-# 26.1 against 27.8; but 2880 x 4096: about 7 against 5.2). The border is interpolated
-DECODE_FINE = 3 << 23
 # beyond this K, programs of the next launch that start early cost more than they save
 DECODE_PDL_MAX_K = 8192
 # rows, and their length, up to which a decode program takes 8 of them instead of 16
@@ -271,8 +270,7 @@ def is_row_by_row(p: Problem) -> bool:
 def _decode_max_m(p: Problem) -> int:
     if p.n * p.k < DECODE_SMALL:
         return DECODE_SMALL_MAX_M
-    many = p.group_size < 64 and p.n * p.k >= DECODE_FINE
-    return 0 if many else DECODE_MAX_M
+    return DECODE_MAX_M if p.n >= DECODE_TALL and p.group_size >= 64 else 0
 
 
 def workspace_rows(p: Problem) -> int:
