@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.experts import Block, blocks
-from tests.tensors.test_compile import _fresh_dynamo, in_every_mode  # noqa: F401
+from tests.tensors.test_compile import in_every_mode
+from tests.tensors.test_linear_weight import (
+    CHANGES,
+    NOT_SWAPPED,
+    _fresh_dynamo,  # noqa: F401
+    guard_nodes,
+    skipping_modules,
+)
 from tests.weights import CLASSES, Case, both_classes
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors import experts
@@ -77,6 +86,74 @@ def test_a_graph_takes_the_fields_of_the_weights_and_never_copies_them(cls):
     # CUDA graphs read these where they are
     assert len(found) == 4
     assert all(t._dynamo_static_input_type == "unguarded" for t in found)
+
+
+@skipping_modules
+@both_classes
+def test_guards_of_the_weights_are_on_themselves(cls):
+    """Structure, not time: with accessors on a weight, each call walks to its fields."""
+    module = Holder(cls)
+
+    def run(*load):
+        return module(*load)
+
+    torch.compile(run, backend="eager", fullgraph=True)(*Block(cls, experts=3).load(2))
+    found = [node for node in guard_nodes(run) if issubclass(node.type, cls)]
+    assert len(found) == 2
+    assert all(node.tag_safe and not node.children and node.calls == 1 for node in found)
+
+
+def change_is_seen(cls, changed: str, change: str) -> None:
+    """The same block, compiled before the change of one weight and called after it."""
+    size = {"gate_up": (128, 64), "down": (64, 64)}
+    seeds = itertools.count(1)
+
+    def new(group_size=16, **case):
+        n, k = size[changed]
+        weight = Case(cls, n=n, k=k, group_size=group_size, stack=(3,), seed=next(seeds), **case)
+        return nn.Parameter(weight.weight(), requires_grad=False)
+
+    class Half(nn.Module):
+        """A block of which one weight is a parameter; Linear's is what CHANGES know."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = new()
+            n, k = next(size[name] for name in size if name != changed)
+            self.other = Case(cls, n=n, k=k, group_size=16, stack=(3,)).weight()
+
+        def forward(self, *load):
+            pair = (self.weight, self.other) if changed == "gate_up" else (self.other, self.weight)
+            return experts(*load, *pair)
+
+    module, load = Half(), Block(cls, experts=3).load(4)
+    compiled = torch.compile(lambda *load: module(*load), backend="aot_eager", fullgraph=True)
+    for step in (None, change):
+        if step is not None:
+            CHANGES[step](module, new)
+        # guards record what they have seen, then rely on it
+        for _ in range(3):
+            assert torch.equal(compiled(*load), module(*load))
+
+
+# of other rows a block is refused, and quantize_ knows no module of this kind
+FORMATS = [name for name in CHANGES if name not in ("data of other rows", "quantised again")]
+either = pytest.mark.parametrize("changed", ["gate_up", "down"])
+
+
+@pytest.mark.parametrize("change", FORMATS)
+@either
+@both_classes
+def test_a_change_of_a_weight_is_seen(cls, changed, change):
+    change_is_seen(cls, changed, change)
+
+
+@pytest.mark.parametrize("change", sorted({*FORMATS} & {*NOT_SWAPPED}))
+@either
+@both_classes
+def test_a_change_is_seen_where_dynamo_skips_modules(cls, changed, change):
+    with skipping_modules:
+        change_is_seen(cls, changed, change)
 
 
 def test_weights_that_are_not_stacked_int4_are_refused():

@@ -29,6 +29,10 @@ from w4tensor.tensors.linear_weight import as_linear_weight, wants
 CONFIGS = dict(zip(CLASSES, (W4CoalescedConfig, W4ActQuantConfig), strict=True))
 
 
+# as PyTorch up to 2.12 does by itself: no guard runs below a module whose dicts are as they were
+skipping_modules = torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
@@ -221,6 +225,8 @@ class Node:
     type: type
     tag_safe: bool
     children: int
+    # guards that call Python
+    calls: int
 
 
 def guard_nodes(run) -> list[Node]:
@@ -234,13 +240,15 @@ def guard_nodes(run) -> list[Node]:
             children += [m for pair in manager.get_key_value_managers().values() for m in pair if m]
         if manager is not entry.guard_manager.root:
             kind = manager.get_type_of_guarded_value()
-            nodes.append(Node(kind, manager.is_tag_safe(), len(children)))
+            calls = sum(
+                type(guard).__name__ == "LAMBDA_GUARD" for guard in manager.get_leaf_guards()
+            )
+            nodes.append(Node(kind, manager.is_tag_safe(), len(children), calls))
         left += children
     return nodes
 
 
-# torch 2.13 has it off
-@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+@skipping_modules
 @both_classes
 def test_guards_are_as_few_as_those_of_plain_weights(cls):
     """Structure, not time: with accessors on a weight, each call walks to it."""
@@ -260,6 +268,7 @@ def test_guards_are_as_few_as_those_of_plain_weights(cls):
     plain, ours = compiled(stack()), compiled(quantised(cls, stack()))
     weights = [node for node in ours if issubclass(node.type, cls)]
     assert len(weights) == 6 and all(node.tag_safe and not node.children for node in weights)
+    assert all(node.calls == 1 for node in weights)
     for kind in (nn.Linear, Block):
         safe = [[node.tag_safe for node in nodes if node.type is kind] for nodes in (plain, ours)]
         assert safe[0] == safe[1] and any(safe[1])
@@ -361,6 +370,17 @@ def changes_are_seen(cls, changes: list[str]) -> None:
 @both_classes
 def test_a_change_of_the_weight_is_seen(cls, change):
     changes_are_seen(cls, [change])
+
+
+# where modules are skipped, 2.13 refuses to swap what compiled code has seen
+NOT_SWAPPED = [name for name in CHANGES if re.search("data|Parameter|copy_|fields", name)]
+
+
+@pytest.mark.parametrize("change", NOT_SWAPPED)
+@both_classes
+def test_a_change_is_seen_where_dynamo_skips_modules(cls, change):
+    with skipping_modules:
+        changes_are_seen(cls, [change])
 
 
 # the others refuse a weight of another format, or of other rows

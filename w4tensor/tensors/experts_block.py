@@ -7,6 +7,7 @@ from torch import Tensor
 
 from w4tensor import ops
 from w4tensor.errors import MisdispatchError, Unsupported
+from w4tensor.tensors.one_guard import guard_as_one
 from w4tensor.tensors.packed import PackedInt4
 from w4tensor.tensors.products import eager_cuda
 
@@ -65,7 +66,7 @@ def experts(
             "model's own experts implementation to train, or torch.no_grad()"
         )
     run = ops.cuda_experts if eager_cuda(x, weight) else torch.ops.w4tensor.experts
-    return run(
+    y = run(
         x,
         ids,
         weight,
@@ -84,3 +85,6 @@ def experts(
         act,
         gate_up.layout_version,
     )
+    guard_as_one(gate_up)
+    guard_as_one(down)
+    return y

@@ -24,16 +24,28 @@ from torch import nn
 
 from w4tensor.tensors.act_quant import Int4ActQuantTensor
 from w4tensor.tensors.coalesced import CudaCoalescedInt4Tensor
-from w4tensor.tensors.one_guard import GuardedAsOne
+from w4tensor.tensors.one_guard import guard_as_one
 
 __all__ = ["as_linear_weight", "wants"]
 
 
-class CoalescedLinearWeight(GuardedAsOne, CudaCoalescedInt4Tensor):
+# the handler of F.linear is the same in both classes
+_product = CudaCoalescedInt4Tensor._linear
+
+
+class _OfLinear:
+    @staticmethod
+    def _linear(func, types, args, kwargs):
+        y = _product(func, types, args, kwargs)
+        guard_as_one(args[1] if len(args) > 1 else kwargs["weight"])
+        return y
+
+
+class CoalescedLinearWeight(_OfLinear, CudaCoalescedInt4Tensor):
     """A CudaCoalescedInt4Tensor [N, K] that Dynamo looks into."""
 
 
-class ActQuantLinearWeight(GuardedAsOne, Int4ActQuantTensor):
+class ActQuantLinearWeight(_OfLinear, Int4ActQuantTensor):
     """An Int4ActQuantTensor [N, K] that Dynamo looks into."""
 
 

@@ -7,6 +7,10 @@ place. A dict of a module tells of another Parameter, not of other fields in the
 of a guarded format in place makes all graphs with such weights invalid (`_epoch`). The bytes are
 read from the weight at every call.
 
+guard_as_one() is for weights of modules, where what is traced reads no more of them than fields:
+the F.linear of linear_weight.py, to whose weights Dynamo sees objects, and the experts block, to
+which they are tensors of a class of their own.
+
 Made with what PyTorch 2.11 to 2.13 have inside. Where a release lacks it, Dynamo's guards stay.
 """
 
@@ -17,43 +21,33 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from w4tensor.tensors.act_quant import Int4ActQuantTensor
-from w4tensor.tensors.coalesced import CudaCoalescedInt4Tensor
-from w4tensor.tensors.packed import PackedInt4
-
 try:
     from torch._dynamo.comptime import comptime
     from torch._dynamo.guards import install_guard
     from torch._dynamo.source import (
         AttrSource,
         ChainedSource,
+        SubclassAttrListSource,
         TypeSource,
         is_from_unspecialized_nn_module_source,
     )
 except ImportError:
     comptime = None  # type: ignore[assignment]
 
-__all__ = ["GuardedAsOne"]
+__all__ = ["Watched", "guard_as_one"]
 
-# every graph with one of these weights guards on it; not an int, which Dynamo may make symbolic
+# every graph with one of these guards depends on it; not an int, which Dynamo may make symbolic
 _epoch = "0"
-# the handler of F.linear is the same in both classes
-_product = CudaCoalescedInt4Tensor._linear
-# what compiled code reads of a weight, beside its class
-_READ = (*Int4ActQuantTensor._field_names(), "ndim", "__torch_function__")
+# what compiled code reads of a weight beside its fields, and its class says
+_READ = ("act_group_size", "ndim", "__torch_function__")
 
 
-class GuardedAsOne(PackedInt4):
-    """A mixin: what compiled code knows of the fields, it guards as one."""
+class Watched:
+    """A mixin: a format that compiled code guards as one, and a watch on it."""
 
-    @staticmethod
-    def _linear(func, types, args, kwargs):  # type: ignore[override]
-        y = _product(func, types, args, kwargs)
-        # to read _epoch is to guard on it
-        if is_dynamo_compiling() and _epoch and comptime is not None:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]  # noqa: F841
-            comptime(_guard_format)
-        return y
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
         # swap_tensors, by which module.to(..) works, sets __dict__
@@ -76,6 +70,13 @@ class GuardedAsOne(PackedInt4):
         return (type(self).__qualname__, *fields)
 
 
+def guard_as_one(weight: Any) -> None:
+    """Where Dynamo traces a product with a Watched weight, after it: one guard for its fields."""
+    # to read _epoch is to guard on it
+    if is_dynamo_compiling() and _epoch and comptime is not None:
+        comptime(_guard_format)
+
+
 def _known(field: Any) -> Any:
     if not isinstance(field, Tensor):
         return field
@@ -90,45 +91,53 @@ def _invalidate() -> None:
 
 
 def _guard_format(ctx: Any) -> None:
-    """While Dynamo traces the product: one guard instead of those that it made of the fields."""
+    """One guard instead of those that Dynamo made of the fields of guard_as_one's `weight`."""
     try:
         traced = ctx.get_local("weight")
         traced = traced._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
-        source, weight = traced.source, getattr(traced, "value", None)
-        # sizes of what a module does not hold may be symbolic; what is no GuardedAsOne is a tensor
-        held = is_from_unspecialized_nn_module_source(source)
-        if not held or not isinstance(weight, GuardedAsOne):
+        # an object, or a tensor, of which there is no more than a fake one
+        is_object = hasattr(traced, "value")
+        source, kind = traced.source, type(traced.value) if is_object else traced.class_type
+        # sizes of what a module does not hold may be symbolic
+        if not is_from_unspecialized_nn_module_source(source) or not issubclass(kind, Watched):
             return
+        first = "TYPE_MATCH" if is_object else "TENSOR_MATCH"
+        read = (*kind._field_names(), *_READ)
         guards = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.guards.inner
         since = []
         for guard in reversed(guards):
             since.append(guard)
-            if guard.originating_source == source and guard.create_fn_name() == "TYPE_MATCH":
+            if guard.originating_source == source and guard.create_fn_name() == first:
                 break
-        of_format = [guard for guard in since if _is_of_format(guard, source)]
+        of_format = [guard for guard in since if _is_of_format(guard, source, read)]
         ours = source.make_guard(_format_match)
+        known = any(g.create_fn is _format_match and g.originating_source == source for g in since)
     except AttributeError:
         # of another release: every guard stays
         return
     for guard in of_format:
         guards.discard(guard)
-    if not any(guard.create_fn is _format_match for guard in since):
+    if not known:
         install_guard(ours)
 
 
-def _is_of_format(guard: Any, weight: Any) -> bool:
+def _is_of_format(guard: Any, weight: Any, read: tuple[str, ...]) -> bool:
     """Whether the type and the format of `weight` say what this guard does."""
     source, kind = guard.originating_source, guard.create_fn_name()
     if source == weight:
-        absent = getattr(guard.create_fn, "keywords", {}).get("attr")
-        return kind == "NOT_PRESENT_IN_GENERIC_DICT" and absent in _READ
+        if kind == "TENSOR_SUBCLASS_METADATA_MATCH":
+            return True
+        asked = getattr(guard.create_fn, "keywords", {}).get("attr")
+        return kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR") and asked in read
     depth = 0
     while isinstance(source, ChainedSource) and source.base != weight:
         source, depth = source.base, depth + 1
-    if isinstance(source, TypeSource) or getattr(source, "member", None) == "__class__":
+    # what AOT takes a tensor apart into follows from its fields too
+    of_type = (TypeSource, SubclassAttrListSource)
+    if isinstance(source, of_type) or getattr(source, "member", None) == "__class__":
         return isinstance(source, ChainedSource)
     # that two weights have the same qdata is no format
-    known = isinstance(source, AttrSource) and source.member in _READ and depth == 0
+    known = isinstance(source, AttrSource) and source.member in read and depth == 0
     return known and kind != "DUPLICATE_INPUT"
 
 
@@ -136,7 +145,7 @@ def _format_match(builder: Any, guard: Any) -> None:
     known = builder.get(guard)._guarded_format()
 
     def match(weight: Any) -> bool:
-        return isinstance(weight, GuardedAsOne) and weight._guarded_format() == known
+        return isinstance(weight, Watched) and weight._guarded_format() == known
 
     what = f"{guard.name}._guarded_format() == {known}"
     builder.get_guard_manager(guard).add_lambda_guard(match, [what], guard.user_stack)

@@ -25,6 +25,7 @@ from w4tensor.layout import (
     check_values,
 )
 from w4tensor.quantize import Algorithm, quantize_weight
+from w4tensor.tensors.one_guard import Watched
 
 __all__ = ["PackedInt4"]
 
@@ -50,7 +51,7 @@ else:
     _Base = object
 
 
-class PackedInt4(_Base):
+class PackedInt4(Watched, _Base):
     """Mixin over TorchAOBaseTensor; a class gives `packing` and the torchao field lists."""
 
     packing: ClassVar[Layout]
