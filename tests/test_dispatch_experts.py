@@ -44,6 +44,7 @@ ACT_GROUPS = st.sampled_from([None, 32, 64, 128, -1])
     inter=WIDTHS,
     group_size=st.sampled_from([16, 32, 64, 128, 256, 300]),
     act_group_size=ACT_GROUPS,
+    symmetric=st.booleans(),
     arch=st.sampled_from(ARCHS),
 )
 def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **sizes):
@@ -80,22 +81,38 @@ def test_every_block_has_a_plan_that_kernels_can_take(arch, act_group_size, **si
     experts=st.integers(1, 600),
     k=st.integers(1, 20000),
     act_group_size=ACT_GROUPS,
+    symmetric=st.booleans(),
     arch=st.sampled_from(ARCHS),
 )
 def test_rows_that_chose_an_expert_are_sorted_where_tokens_with_one_slot_are(
-    arch, act_group_size, rows, experts, k
+    arch, symmetric, act_group_size, rows, experts, k
 ):
     n = 64
-    sizes = dict(hidden=k, inter=n, group_size=128, act_group_size=act_group_size)
-    block = plan_experts(ExpertsProblem(rows, 1, experts, **sizes), arch)
+    kind = dict(act_group_size=act_group_size, symmetric=symmetric)
+    sizes = dict(hidden=k, inter=n, group_size=128)
+    block = plan_experts(ExpertsProblem(rows, 1, experts, **sizes, **kind), arch)
     first = block.first
     if isinstance(first, GemvPlan):
         # nor has it gates
-        first = plan_gemv(rows, n, k, 128, arch, "none", act_group_size=act_group_size)
+        first = plan_gemv(rows, n, k, 128, arch, "none", **kind)
     elif isinstance(first, PairsPlan):
         # nothing is launched ahead of it that it may overtake
         first = dataclasses.replace(first, pdl="none")
-    assert plan_gathered(rows, experts, n, k, 128, arch, act_group_size) == first
+    assert plan_gathered(rows, experts, n, k, 128, arch, **kind) == first
+
+
+def test_zero_points_take_registers_of_pairs():
+    # weights ahead of their use leave no room for all programs together: Mixtral's second product,
+    # OLMoE's first, and one by itself
+    sizes = dict(tokens=1, top_k=2, experts=8, hidden=4096, inter=14336, group_size=128)
+    olmoe = dict(tokens=1, top_k=8, experts=64, hidden=2048, inter=1024, group_size=128)
+    for symmetric in (True, False):
+        plans = (
+            plan_experts(ExpertsProblem(**sizes, symmetric=symmetric), H200).second,
+            plan_experts(ExpertsProblem(**olmoe, symmetric=symmetric), H200).first,
+            plan_gathered(8, 256, 2048, 2048, 128, H200, symmetric=symmetric),
+        )
+        assert [plan.ahead for plan in plans] == [symmetric] * 3
 
 
 @pytest.mark.parametrize("act_group_size,most", [(None, 256), (32, 256), (-1, 128)])

@@ -69,6 +69,21 @@ def test_the_finer_groups_of_two_stacks_decide(plans, first, second, kind):
     assert isinstance(plans[0].first, kind) and isinstance(plans[0].second, kind)
 
 
+@pytest.mark.parametrize("with_zero_points", [(False, False), (True, False), (False, True)])
+def test_zero_points_of_either_stack_are_planned_for(plans, monkeypatch, with_zero_points):
+    def stack(rows, zero):
+        codes = random_codes(4, rows, 128, zero_point="integer" if zero else "symmetric")
+        return COALESCED.pack(codes.q), codes.scale, codes.zero_point, 128, None, None
+
+    seen = []
+    monkeypatch.setattr(launch, "_plan_experts", lambda device, p: seen.append(p.symmetric))
+    x = torch.randn(1, 128, dtype=torch.bfloat16)
+    ids, weight = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
+    first, second = map(stack, (256, 128), with_zero_points)
+    assert launch.experts(x, ids, weight, first, second, "halves", "silu") is None
+    assert seen == [with_zero_points == (False, False)]
+
+
 def test_groups_of_16_are_not_hidden_by_shorter_rows(plans):
     def stack(rows, k, group_size):
         codes = random_codes(4, rows, k, group_size=group_size)

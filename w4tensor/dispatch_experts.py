@@ -65,6 +65,8 @@ class ExpertsProblem:
     group_size: int
     # None: 16-bit activations
     act_group_size: int | None = None
+    # whether neither of the weights has zero points
+    symmetric: bool = True
 
     @property
     def pairs(self) -> int:
@@ -264,10 +266,10 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
     if arch.capability < MIN_CAPABILITY:
         return None
     if p.few_pairs:
-        groups = p.group_size, p.act_group_size
+        kind = p.group_size, p.act_group_size, p.symmetric
         return ExpertsPlan(
-            first=_plan_few(p.pairs, 1, p.inter, p.hidden, *groups, arch, "first"),
-            second=_plan_few(p.tokens, p.top_k, p.hidden, p.inter, *groups, arch, "second"),
+            first=_plan_few(p.pairs, 1, p.inter, p.hidden, *kind, arch, "first"),
+            second=_plan_few(p.tokens, p.top_k, p.hidden, p.inter, *kind, arch, "second"),
         )
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
@@ -307,6 +309,7 @@ def _plan_few(
     k: int,
     group_size: int,
     act_group_size: int | None,
+    symmetric: bool,
     arch: Arch,
     product: Literal["none", "first", "second"],
 ) -> FewPlan:
@@ -315,7 +318,7 @@ def _plan_few(
         # what a block's first product makes of a gate and an up row each
         rows = 2 * n if product == "first" else n
         shape = items, rows, top_k * k, group_size
-        return plan_gemv(*shape, arch, product, act_group_size=act_group_size)
+        return plan_gemv(*shape, arch, product, symmetric, act_group_size)
     return plan_pairs(top_k, k, arch, product)
 
 
@@ -369,11 +372,12 @@ def plan_gathered(
     group_size: int,
     arch: Arch,
     act_group_size: int | None = None,
+    symmetric: bool = True,
 ) -> FewPlan | RowsPlan:
     """One product of `rows` rows, each with an expert [n, k] of its own choice."""
     problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
     if problem.few_pairs:
-        return _plan_few(rows, 1, n, k, group_size, act_group_size, arch, "none")
+        return _plan_few(rows, 1, n, k, group_size, act_group_size, symmetric, arch, "none")
     tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
     return for_short_loops(tile, k, problem.rows_an_expert)
 

@@ -248,7 +248,8 @@ def gathered_linear(
     target = arch.current(x.device.index)
     assert target is not None, "a CUDA tensor without CUDA"
     stack = _stack(qdata, scale, zero_point, group_size, None, act_group_size)
-    plan = plan_gathered(rows, n_experts, n, k, group_size, target, act_group_size)
+    sizes = rows, n_experts, n, k, group_size
+    plan = plan_gathered(*sizes, target, act_group_size, zero_point is None)
     return moe.gathered_linear(x, ids, stack, plan)
 
 
@@ -275,7 +276,8 @@ def experts(
     # they refuse
     group_sizes = first.group_size, second.group_size
     group_size = 16 if 16 in group_sizes else min(group_sizes)
-    sizes = n_experts, hidden, inter, group_size, first.act_group_size
+    symmetric = first.zero_point is None and second.zero_point is None
+    sizes = n_experts, hidden, inter, group_size, first.act_group_size, symmetric
     plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
     if plan is None:
         return None

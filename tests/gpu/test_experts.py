@@ -73,7 +73,8 @@ class Block:
     def plan(self, tokens, top_k, act_group_size=None) -> ExpertsPlan:
         n_experts, hidden, inter = self.sizes
         group_size = self.codes[0].group_size
-        sizes = n_experts, hidden, inter, group_size, act_group_size
+        symmetric = self.codes[0].zero_point is None
+        sizes = n_experts, hidden, inter, group_size, act_group_size, symmetric
         plan = plan_experts(ExpertsProblem(tokens, top_k, *sizes), arch.current())
         assert plan is not None
         return plan
