@@ -208,7 +208,9 @@ def profile(model: nn.Module, new: int, steps: int = 16) -> str:
     """A table of what the device does in one decode step at batch 1.
 
     new: as decode_rate() had it just now, for which the cache is sized and the step compiled.
+    A kernel that starts before the one ahead has ended works at the same time: its wait counts.
     """
+    steps = min(steps, new - 1)
     _, seconds = generate(model, 1, DECODE_PROMPT, new, steps=steps)
     activity = torch.profiler.ProfilerActivity
     on_device = torch.cuda.is_available()
@@ -230,6 +232,7 @@ def profile(model: nn.Module, new: int, steps: int = 16) -> str:
     busy = sum(us for us, _, _ in table)
     step = seconds / steps * 1e6
     lines = [
+        " ".join(str(value) for value in rows.environment().values()),
         f"one decode step: {step:.0f} us, of which the device works {busy:.0f} us",
         f"{'us':>9s} {'share':>6s} {'calls':>6s}  kernel",
     ]

@@ -123,7 +123,7 @@ def test_regimes_change_where_dispatch_says(shape):
     if shape.n == 1:
         gemv = 0
     small = shape.n * shape.k < dispatch.DECODE_SMALL
-    tall = shape.n >= dispatch.DECODE_TALL
+    tall = shape.n >= dispatch.DECODE_TALL and shape.group_size >= 64
     border = dispatch.DECODE_SMALL_MAX_M if small else dispatch.DECODE_MAX_M * tall
     assert all(isinstance(at(m), GemvPlan) for m in range(1, gemv + 1))
     assert all(isinstance(at(m), DecodePlan) for m in range(gemv + 1, border + 1))

@@ -42,9 +42,10 @@ GEMV_INT8_PRODUCTS = 3 << 24
 GEMV_MANY_PRODUCTS = 1 << 23
 GEMV_MANY_MIN_K = 1024
 # where no tile of dispatch_hopper.py serves, up to here kernels/decode.py, whose warps load x for
-# themselves; where one does, only with so many rows, a vocabulary (2 tokens, 128256 x 4096: 73.9
-# us, tile 78.9; but 28672 x 4096: 22.7, tile 21.4; 9216 x 2048: 7.8, tile 7.0; 8192 x 8192: 14.1,
-# tile 14.5) and coarse groups (of 32, 128256 x 4096: 91.6, tile 88.2)
+# themselves; where one does, only with so many rows, as a large vocabulary has (2 tokens, by hand,
+# 128256 x 4096: 73.9 us, tile 78.9; but 57344 x 8192: 72.4, tile 67.5; 28672 x 4096: 22.7, tile
+# 21.6; 9216 x 2048: 7.8, tile 7.2; 8192 x 8192: 14.1, tile 14.5) and coarse groups (of 32, 128256 x
+# 4096: 91.6, tile 88.2). The border is interpolated
 DECODE_MAX_M = 2
 DECODE_TALL = 3 << 15
 # for smaller matrices than this, up to so many tokens (4 at 2048 x 4096: 4.8 us against 6.1; 5120 x

@@ -383,6 +383,35 @@ def test_a_change_is_seen_where_dynamo_skips_modules(cls, change):
         changes_are_seen(cls, [change])
 
 
+@both_classes
+def test_a_float_weight_may_take_its_place_by_swapping(cls):
+    linear = quantised(cls, nn.Linear(256, 64, bias=False))
+    compiled, x = torch.compile(linear, backend="aot_eager", fullgraph=True), exact_x(3, 256)
+    compiled(x)
+    floats = nn.Parameter(torch.randn(64, 256), requires_grad=False)
+    torch.utils.swap_tensors(linear.weight, floats)
+    assert torch.equal(compiled(x), x @ linear.weight.t()) and isinstance(floats, cls)
+
+
+@both_classes
+def test_a_region_that_is_compiled_once_serves_weights_of_its_format(cls):
+    configs = [CONFIGS[cls](group_size=g) for g in (64, 64, 32, 64)]
+    linears = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in configs)
+    for linear, config in zip(linears, configs, strict=True):
+        quantize_(linear, config)
+
+    @torch.compiler.nested_compile_region
+    def region(linear, x):
+        return linear(x) * 2
+
+    def run(x):
+        return [region(linear, x) for linear in linears]
+
+    compiled, x = torch.compile(run, backend="aot_eager", fullgraph=True), exact_x(3, 256)
+    for ours, linear in zip(compiled(x), linears, strict=True):
+        assert torch.equal(ours, linear(x) * 2)
+
+
 # the others refuse a weight of another format, or of other rows
 ANY_TIME = [name for name in CHANGES if not re.search("copy_|rows|dict$|dict, swapping", name)]
 

@@ -33,6 +33,11 @@ try:
     )
 except ImportError:
     comptime = None  # type: ignore[assignment]
+try:
+    # from 2.13 on: guards of a region that is compiled once and used again
+    from torch._dynamo.guards import GUARD_VALUE_DISPATCH, GuardCheckSpec
+except ImportError:
+    GUARD_VALUE_DISPATCH = None  # type: ignore[assignment]
 
 __all__ = ["Watched", "guard_as_one"]
 
@@ -55,7 +60,8 @@ class Watched:
         super().__setattr__(name, value)
         if guarded is not None:
             self.__dict__.pop("_guarded", None)
-            if self._guarded_format() != guarded:
+            # of another class, which swap_tensors sets first, it may be none of ours
+            if not isinstance(self, Watched) or self._guarded_format() != guarded:
                 _invalidate()
 
     def _guarded_format(self) -> tuple[Any, ...]:
@@ -141,11 +147,18 @@ def _is_of_format(guard: Any, weight: Any, read: tuple[str, ...]) -> bool:
     return known and kind != "DUPLICATE_INPUT"
 
 
+def _matches(weight: Any, known: tuple[Any, ...]) -> bool:
+    return isinstance(weight, Watched) and weight._guarded_format() == known
+
+
 def _format_match(builder: Any, guard: Any) -> None:
     known = builder.get(guard)._guarded_format()
-
-    def match(weight: Any) -> bool:
-        return isinstance(weight, Watched) and weight._guarded_format() == known
-
     what = f"{guard.name}._guarded_format() == {known}"
-    builder.get_guard_manager(guard).add_lambda_guard(match, [what], guard.user_stack)
+    manager = builder.get_guard_manager(guard)
+    manager.add_lambda_guard(lambda weight: _matches(weight, known), [what], guard.user_stack)
+
+
+if GUARD_VALUE_DISPATCH is not None:
+    GUARD_VALUE_DISPATCH[_format_match.__name__] = GuardCheckSpec(
+        get_metadata_fn=lambda guard, weight: weight._guarded_format(), eval_fn=_matches
+    )
