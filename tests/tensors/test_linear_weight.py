@@ -499,6 +499,7 @@ def test_a_watched_weight_is_saved_as_any_other(cls):
     torch.save(model.state_dict(keep_vars=True), file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)["0.weight"]
+    assert "_guarded" in model[0].weight.__dict__ and "_guarded" not in loaded.__dict__
     for again in (
         loaded,
         copy.deepcopy(model)[0].weight,

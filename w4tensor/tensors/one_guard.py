@@ -64,6 +64,10 @@ class Watched:
             if not isinstance(self, Watched) or self._guarded_format() != guarded:
                 _invalidate()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what is loaded may be elsewhere (map_location), and no file tells whether it was compiled
+        return {name: value for name, value in self.__dict__.items() if name != "_guarded"}
+
     def _guarded_format(self) -> tuple[Any, ...]:
         """The format, from now on watched: computed once and again when a field is set."""
         if "_guarded" not in self.__dict__:
