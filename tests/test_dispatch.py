@@ -246,8 +246,8 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
     chosen = next(
         tile
         for tile in TILES
-        if (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
-        == (p.block_m, p.block_n, p.num_warps, p.num_stages)
+        if (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.pipelined)
+        == (p.block_m, p.block_n, p.num_warps, p.num_stages, p.pipelined)
     )
     us = predicted_us(problem, 132, chosen, p.split_k, p.whole)
     others = dispatch_hopper.candidates(problem, 132)
@@ -255,6 +255,7 @@ def test_the_chosen_tile_is_the_one_with_the_least_predicted_time(n, blocks, m):
     # among them all tiles, not sliced, that are neither half empty nor far too small
     smallest = max(min(m, 64) / 2, min(m, 1024) / 8)
     fits = [tile for tile in TILES if smallest <= tile.block_m < 2 * max(m, 8)]
+    fits = [tile for tile in fits if tile.coarse_slices == 1]
     assert us <= min(predicted_us(problem, 132, tile, 1, 0) for tile in fits)
 
 

@@ -16,19 +16,15 @@ and AFTER if some tiles are not cut. Nor is it less than the time of reading the
 READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The tile and the split with
 the least predicted time are taken.
 
-The constants are fitted to benchmarks/results/tune.csv, of an H200. Nine shapes at 8 to 64 tokens,
-four of them not measured at so few before, were measured at commit a4abc74; the rest, fifteen
-shapes up to 2048 tokens, up to 434336d, before words were unpacked with one shift. The fit counts
-the former two to five times, starts from the one before, and may change a choice that was timed but
-has no rivals in that file only where it gains elsewhere. Where this file chooses, at 141 points of
-that file that have its choice, the choice takes 1.000 times the best measured plan in the middle,
-1.036 at 95 % and at most 1.087. No shape was left out of this fit. The one
-before, fitted again without one shape, fifteen times, and tried on that shape, took 1.000, 1.097
-and 1.165 times the best measured tile; on the shapes that it had not seen at so few tokens, up to
-1.230.
-Tiles that are not pipelined came later. Their constants are fitted to 36 points of nine shapes, 4
-to 64 tokens, that were timed with an earlier form of their loop (not in tune.csv), with the others'
-constants as they were; where their rows in linear.csv lose, UNPIPELINED_SLICES leaves them out.
+The constants are fitted to benchmarks/results/tune.csv and to earlier rows of the same day, scaled
+to it: 22 shapes, 8 to 1024 tokens, each point's plans in turn on one H200. Five hosts took part, of
+which some run large tiles 15 % slower and bf16 as fast: from 128 tokens on, a plan that was chosen
+before the fit kept its place unless another gained 3 %. Rows of more than two slices that are older
+than sums awaited at once were taken as 0.35 us faster for each slice beyond two.
+
+At 293 points of that file that have its choice, the choice takes 1.000 times the best measured plan
+in the middle, 1.095 at 95 % and at most 1.153. The fit without one shape, 22 times, and tried on
+that shape takes 1.000, 1.141 and 1.294.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where.
 """
@@ -45,10 +41,6 @@ __all__ = ["TILES", "HopperPlan", "HopperTile", "hopper_us", "plan_hopper", "ser
 SPLITS = (1, 2, 3, 4, 6, 8)
 # steps of a slice below which starting it costs more than it saves
 MIN_STEPS = 3
-# slices from which tiles that are not pipelined may be faster where scales are coarse, if all tiles
-# are cut (16 tokens, us: 6144 x 4096 8.4 by 4, pipelined 9.3; 8192 x 28672 44 by 4, 48; 28672 x
-# 4096 25 by 1, 23; 57344 x 8192 85 by 2, 78)
-UNPIPELINED_SLICES = 4
 # rows and columns of sums that leave no registers for zero points (tests/kernels/lowering)
 NO_ZERO_POINTS = (96, 128)
 # what the partial sums of a split may take
@@ -88,7 +80,12 @@ class HopperPlan:
 
 @dataclass(frozen=True, slots=True)
 class HopperTile:
-    """A tile, and what a step of it costs (above)."""
+    """A tile, and what a step of it costs (above).
+
+    Fields:
+        coarse_slices: the fewest slices that it may serve by where groups are not finer than a
+            step; all tiles are cut then.
+    """
 
     block_m: int
     block_n: int
@@ -98,43 +95,47 @@ class HopperTile:
     alone: float
     shared: float
     pipelined: bool = True
+    coarse_slices: int = 1
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.363, shared=0.149),
-    HopperTile(8, 128, 4, 4, resident=3, alone=0.543, shared=0.212),
-    HopperTile(16, 64, 4, 4, resident=5, alone=0.299, shared=0.172),
-    HopperTile(16, 128, 4, 4, resident=3, alone=0.409, shared=0.330),
-    HopperTile(32, 64, 4, 4, resident=4, alone=0.314, shared=0.192),
-    HopperTile(32, 128, 4, 4, resident=2, alone=0.444, shared=0.368),
-    HopperTile(64, 64, 4, 4, resident=2, alone=0.334, shared=0.259),
-    HopperTile(64, 128, 4, 4, resident=2, alone=0.510, shared=0.436),
-    HopperTile(96, 64, 4, 4, resident=1, alone=0.342, shared=0.342),
-    HopperTile(96, 64, 4, 3, resident=2, alone=0.466, shared=0.321),
-    HopperTile(96, 128, 4, 3, resident=2, alone=0.725, shared=0.569),
-    HopperTile(128, 64, 4, 3, resident=2, alone=0.578, shared=0.325),
-    HopperTile(128, 64, 4, 4, resident=1, alone=0.413, shared=0.413),
-    HopperTile(128, 128, 8, 3, resident=1, alone=0.671, shared=0.671),
-    HopperTile(192, 64, 4, 2, resident=2, alone=0.862, shared=0.498),
-    HopperTile(192, 64, 4, 3, resident=1, alone=0.571, shared=0.571),
-    HopperTile(256, 128, 8, 3, resident=1, alone=1.227, shared=1.227),
-    HopperTile(16, 64, 4, 4, resident=6, alone=0.439, shared=0.150, pipelined=False),
-    HopperTile(16, 128, 4, 3, resident=4, alone=0.507, shared=0.249, pipelined=False),
-    HopperTile(32, 128, 4, 4, resident=3, alone=1.064, shared=0.376, pipelined=False),
-    HopperTile(64, 128, 4, 3, resident=3, alone=1.156, shared=0.455, pipelined=False),
+    HopperTile(8, 64, 4, 4, resident=5, alone=0.384, shared=0.158),
+    HopperTile(8, 128, 4, 4, resident=3, alone=0.540, shared=0.193),
+    HopperTile(16, 64, 4, 4, resident=5, alone=0.283, shared=0.176),
+    HopperTile(16, 128, 4, 4, resident=3, alone=0.401, shared=0.332),
+    HopperTile(32, 64, 4, 4, resident=4, alone=0.299, shared=0.191),
+    HopperTile(32, 128, 4, 4, resident=2, alone=0.677, shared=0.338),
+    HopperTile(64, 64, 4, 4, resident=2, alone=0.327, shared=0.266),
+    HopperTile(64, 128, 4, 4, resident=2, alone=0.483, shared=0.456),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.444, shared=0.444),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.660, shared=0.304),
+    HopperTile(96, 128, 4, 3, resident=2, alone=0.894, shared=0.592),
+    HopperTile(128, 64, 4, 3, resident=2, alone=0.700, shared=0.350),
+    HopperTile(128, 64, 4, 4, resident=1, alone=0.449, shared=0.449),
+    HopperTile(128, 128, 8, 3, resident=1, alone=0.736, shared=0.736),
+    HopperTile(192, 64, 4, 2, resident=2, alone=1.103, shared=0.485),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.614, shared=0.614),
+    HopperTile(256, 128, 8, 3, resident=1, alone=1.291, shared=1.291),
+    # 16 tokens, us: 6144 x 4096 8.4 by 4 slices, pipelined 9.3; 8192 x 28672 44 by 4, 48; but 28672
+    # x 4096 25 whole, 23, and 57344 x 8192 85 by 2, 78. The last: 12352 x 2048, 256 tokens, 20, 26
+    HopperTile(16, 64, 4, 4, 6, alone=0.311, shared=0.145, pipelined=False, coarse_slices=4),
+    HopperTile(16, 128, 4, 3, 4, alone=0.376, shared=0.260, pipelined=False, coarse_slices=4),
+    HopperTile(32, 128, 4, 4, 3, alone=0.869, shared=0.290, pipelined=False, coarse_slices=4),
+    HopperTile(64, 128, 4, 3, 3, alone=1.152, shared=0.442, pipelined=False, coarse_slices=4),
+    HopperTile(128, 64, 4, 2, 3, alone=1.036, shared=0.388, pipelined=False),
 )
-FILL = 2.94
-ADD_SLICE = 0.55
-ADD_PART = 1.30
-AFTER = 1.83
+FILL = 3.577
+ADD_SLICE = 0.293
+ADD_PART = 1.649
+AFTER = 5.239
 # a us; of L2, a us and a multiprocessor
-READ_BYTES = 4.22e6
-READ_FINE_BYTES = 2.88e6
-L2_BYTES = 96.7e3
+READ_BYTES = 4.366e6
+READ_FINE_BYTES = 3.807e6
+L2_BYTES = 89.61e3
 # what scales finer than a step add to `alone` and to `shared`, and to both in large tiles
-FINE_ALONE = 0.093
-FINE_SHARED = 0.007
-FINE_LARGE = 0.065
+FINE_ALONE = 0.166
+FINE_SHARED = 0.008
+FINE_LARGE = 0.066
 LARGE_M = 96
 # tokens from which the next kernel's early programs never crowd out this one's, and weights
 PDL_MIN_M = 32
@@ -194,10 +195,10 @@ def candidates(p: Problem, num_sms: int) -> Iterator[tuple[HopperTile, int, int]
             continue
         tiles = _tiles(p, tile)
         fill = tile.resident * num_sms
-        sliced = not (tile.pipelined or p.group_size < 128)
+        least = tile.coarse_slices if p.group_size >= 128 else 1
         for split_k in SPLITS:
             whole = tiles // fill * fill if split_k > 1 else 0
-            if sliced and (split_k < UNPIPELINED_SLICES or whole):
+            if split_k < least or (least > 1 and whole):
                 continue
             sums = (tiles - whole) * (split_k - 1) * tile.block_m * tile.block_n * 4
             few = -(-p.k // 128) < MIN_STEPS * split_k

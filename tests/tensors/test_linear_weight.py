@@ -394,6 +394,17 @@ def test_a_float_weight_may_take_its_place_by_swapping(cls):
 
 
 @both_classes
+def test_a_weight_of_the_other_class_may_take_its_place_by_swapping(cls):
+    linear = quantised(cls, nn.Linear(256, 64, bias=False))
+    compiled, x = torch.compile(linear, backend="aot_eager", fullgraph=True), exact_x(3, 256)
+    (other,) = set(CLASSES) - {cls}
+    weight = quantised(other, nn.Linear(256, 64, bias=False)).weight
+    for _ in range(3):
+        assert torch.equal(compiled(x), linear(x))
+        torch.utils.swap_tensors(linear.weight, weight)
+
+
+@both_classes
 def test_a_region_that_is_compiled_once_serves_weights_of_its_format(cls):
     configs = [CONFIGS[cls](group_size=g) for g in (64, 64, 32, 64)]
     linears = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in configs)
@@ -490,6 +501,98 @@ def test_a_graph_is_not_compiled_again_for_nothing(cls):
     assert counter.frame_count == 1
 
 
+def there_and_back(linear, weights, turn):
+    """Changes of the format, that every other turn takes back."""
+    if turn % 3 == 0:
+        for dtype in (torch.float16, torch.bfloat16):
+            yield linear.to(dtype)
+    elif turn % 3 == 1:
+        for _ in range(2):
+            yield torch.utils.swap_tensors(linear.weight, weights[0])
+    else:
+        for weight in weights[1:]:
+            linear.weight.data = weight
+            yield None
+
+
+@both_classes
+def test_a_format_that_was_compiled_is_not_compiled_again(cls):
+    """Nor are graphs of other weights, which every change of a format concerns."""
+    torch._dynamo.reset()
+
+    def weight(group_size=64):
+        case = Case(cls, n=64, group_size=group_size, seed=group_size)
+        return as_linear_weight(case.weight()).to(torch.bfloat16)
+
+    linears = [nn.Linear(256, 64, bias=False) for _ in range(2)]
+    for linear in linears:
+        linear.weight = nn.Parameter(weight(), requires_grad=False)
+    spare = nn.Parameter(weight(128), requires_grad=False)
+    counters = [CompileCounterWithBackend("aot_eager") for _ in linears]
+    compiled = [
+        torch.compile(linear, backend=counter, fullgraph=True)
+        for linear, counter in zip(linears, counters, strict=True)
+    ]
+
+    def both_are_right():
+        for linear, run in zip(linears, compiled, strict=True):
+            x = exact_x(3, 256).to(linear.weight.dtype)
+            assert torch.equal(run(x), linear(x))
+
+    # as they were, as fp16, and by groups of 128 and of 32
+    both_are_right()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for turn in range(12):
+            for _ in there_and_back(linears[0], (spare, weight(32), weight()), turn):
+                both_are_right()
+    assert [counter.frame_count for counter in counters] == [4, 4]
+
+
+def swap_fields(weight, other):
+    """As swap_tensors does, which 2.13 refuses where modules are skipped."""
+    weight.__dict__, other.__dict__ = other.__dict__, weight.__dict__
+
+
+def swap_data(weight, other):
+    ours, theirs = weight.data, other.data
+    weight.data, other.data = theirs, ours
+
+
+@skipping_modules
+@pytest.mark.parametrize("swap", [swap_fields, swap_data])
+@both_classes
+def test_both_weights_that_change_places_are_watched_on(cls, swap):
+    torch._dynamo.reset()
+    linears = [nn.Linear(256, 64, bias=False) for _ in range(2)]
+    for linear, group_size in zip(linears, (64, 32), strict=True):
+        case = Case(cls, n=64, group_size=group_size)
+        linear.weight = nn.Parameter(as_linear_weight(case.weight()), requires_grad=False)
+    x = exact_x(3, 256)
+    models = [nn.ModuleList([nn.Sequential(linear)]) for linear in linears]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def first(x):
+        return [part(x) for part in models[0]]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def second(x):
+        return [part(x) for part in models[1]]
+
+    def both_are_right():
+        # guards record what they have seen, then rely on it
+        for _ in range(3):
+            for linear, run in zip(linears, (first, second), strict=True):
+                assert torch.equal(run(x)[0], linear(x))
+
+    both_are_right()
+    swap(*(linear.weight for linear in linears))
+    # the first as it was compiled, and the second as the first was
+    linears[0].weight.data = as_linear_weight(Case(cls, n=64, group_size=64, seed=1).weight())
+    both_are_right()
+    linears[0].weight.data = as_linear_weight(Case(cls, n=64, group_size=32, seed=2).weight())
+    both_are_right()
+
+
 @both_classes
 def test_a_watched_weight_is_saved_as_any_other(cls):
     model = quantised(cls, nn.Sequential(nn.Linear(256, 64, bias=False)))
@@ -502,7 +605,9 @@ def test_a_watched_weight_is_saved_as_any_other(cls):
     assert "_guarded" in model[0].weight.__dict__ and "_guarded" not in loaded.__dict__
     for again in (
         loaded,
+        copy.copy(model[0].weight),
         copy.deepcopy(model)[0].weight,
         pickle.loads(pickle.dumps(model))[0].weight,
     ):
         assert torch.equal(F.linear(x, again), model(x))
+        assert "_guarded" not in again.__dict__

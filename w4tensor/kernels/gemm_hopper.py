@@ -20,7 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from w4tensor.kernels.hopper_loop import accumulate, barrier, descriptor, layout_of_rows, store
+from w4tensor.kernels.hopper_loop import (
+    accumulate,
+    barrier,
+    descriptor,
+    groups_together,
+    layout_of_rows,
+    store,
+)
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 
@@ -55,10 +62,22 @@ def slice_at(program, whole, split_k):
 @gluon.jit
 def await_parts(flag_ptr, parts, token):
     """Until the sums of other slices are there; clears their flags."""
-    for part in range(parts):
-        while gl.atomic_add(flag_ptr + part, 0, sem="acquire") != token:
-            pass
-        gl.store(flag_ptr + part, 0)
+    # lanes look at a flag each, at once (in turn: 0.35 us a flag), and those left over at the last
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    flag = flag_ptr + gl.maximum(gl.minimum(lane, parts - 1), 0)
+    missing = parts
+    while missing > 0:
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b64 $0, [$1];",
+            "=l,l",
+            [flag.to(gl.int64)],
+            dtype=gl.int64,
+            is_pure=False,
+            pack=1,
+        )
+        missing = gl.max((seen != token).to(gl.int32), 0)
+    barrier()
+    gl.store(flag, gl.zeros_like(lane).to(gl.int64), mask=lane < parts)
 
 
 # of an accumulator, that are added at a time: there are no registers for more
@@ -73,6 +92,23 @@ def inside(acc, first, WIDTH: gl.constexpr):
     return n.expand_dims(1) * WIDTH + (first + m).expand_dims(0)
 
 
+@gluon.constexpr_function
+def _at_once(tile, warps):
+    """How many sums of a tile a thread loads before it adds them: as registers permit."""
+    return min(4, max(1, 64 * 32 * warps // tile))
+
+
+@gluon.jit
+def _load_some(ptr, first, parts, PART: gl.constexpr, AT_ONCE: gl.constexpr):
+    """Part `first` and those after it, AT_ONCE of them, PART numbers apart; past the last 0."""
+    loaded = ()
+    for i in gl.static_range(AT_ONCE):
+        # no branch around the sum of none: it would cost registers
+        at = ptr + (first + i) * PART
+        loaded += (gl.load(at, mask=first + i < parts, other=0.0, cache_modifier=".cg"),)
+    return loaded
+
+
 @gluon.jit
 def add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
     """((part 0 + part 1) + ..) + acc, of as many `parts` [BN, WIDTH] at ptr."""
@@ -84,12 +120,17 @@ def add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
         out = gl.join(left, right).permute(0, 2, 1).reshape(acc.shape)
         return gl.convert_layout(out, acc.type.layout, assert_trivial=True)
     else:
-        at = inside(acc, first, WIDTH)
-        # no branch around the sum of none: it would cost registers
-        total = gl.load(ptr + at, mask=parts > 0, other=0.0, cache_modifier=".cg")
-        for _ in range(1, parts):
-            ptr += acc.shape[0] * WIDTH
-            total += gl.load(ptr + at, cache_modifier=".cg")
+        PART: gl.constexpr = acc.shape[0] * WIDTH
+        AT_ONCE: gl.constexpr = _at_once(PART, gl.num_warps())
+        ptr += inside(acc, first, WIDTH)
+        loaded = _load_some(ptr, 0, parts, PART, AT_ONCE)
+        total = loaded[0]
+        for i in gl.static_range(1, AT_ONCE):
+            total += loaded[i]
+        for part in range(AT_ONCE, parts, AT_ONCE):
+            loaded = _load_some(ptr, part, parts, PART, AT_ONCE)
+            for i in gl.static_range(AT_ONCE):
+                total += loaded[i]
         return total + acc
 
 
@@ -118,8 +159,8 @@ def _gemm_hopper_kernel(
     GROUP_N: gl.constexpr,
     # 0 where the row is one group
     GROUP: gl.constexpr,
-    # whether K is a multiple of a step
-    WHOLE_STEPS: gl.constexpr,
+    # groups of a row that are loaded at a time
+    TOGETHER: gl.constexpr,
     # whether W is in this format, or in COALESCED
     ACT_QUANT: gl.constexpr,
     WARPS: gl.constexpr,
@@ -140,8 +181,10 @@ def _gemm_hopper_kernel(
     n0 *= BLOCK_N
     m0 *= BLOCK_M
     if BLOCK_M < 256:
-        # the last tile begins early enough to be whole
-        m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
+        # the last tile begins early enough to be whole, if those that it shares tokens with sum
+        # over the same slices: which of them stores last does not matter then
+        if part_ptr is None or whole == 0:
+            m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
     begin = steps * k_slice // slices
     end = steps * (k_slice + 1) // slices
     r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
@@ -151,7 +194,7 @@ def _gemm_hopper_kernel(
         y_descs = y_desc, more_y_desc
         columns = 0, FIRST
         # where there are too few tokens, those that both runs have are computed twice
-        m = m0, gl.maximum(gl.minimum(m0 + FIRST, M - MORE), 0)
+        m = m0, gl.maximum(gl.minimum(m0 + FIRST, M - MORE), m0)
     else:
         x_descs = (x_desc,)
         y_descs = (y_desc,)
@@ -172,7 +215,7 @@ def _gemm_hopper_kernel(
         steps,
         BLOCK_N,
         GROUP,
-        WHOLE_STEPS,
+        TOGETHER,
         ACT_QUANT,
         "none",
         WARPS,
@@ -340,7 +383,7 @@ def gemm_hopper(
         split_k,
         GROUP_N=plan.group_n,
         GROUP=0 if n_groups == 1 else group_size,
-        WHOLE_STEPS=n_groups * group_size % 128 == 0,
+        TOGETHER=groups_together(n_groups, group_size, plan.block_m),
         ACT_QUANT=qdata.dtype == ACT_QUANT.qdata_dtype,
         WARPS=plan.num_warps,
         STAGES=plan.num_stages,

@@ -4,8 +4,8 @@ Guarding fields, Dynamo has to walk to every weight at every call. It skips a mo
 as they were if nothing below has more than guards on itself (torch/_dynamo/guards.py,
 find_tag_safe_roots), so here one guard on the weight, of the format of all its fields, takes their
 place. A dict of a module tells of another Parameter, not of other fields in the same one: a change
-of a guarded format in place makes all graphs with such weights invalid (`_epoch`). The bytes are
-read from the weight at every call.
+of a guarded format in place makes all graphs with such weights invalid, until it is changed back
+(`_epoch`). The bytes are read from the weight at every call.
 
 guard_as_one() is for weights of modules, where what is traced reads no more of them than fields:
 the F.linear of linear_weight.py, to whose weights Dynamo sees objects, and the experts block, to
@@ -41,7 +41,8 @@ except ImportError:
 
 __all__ = ["Watched", "guard_as_one"]
 
-# every graph with one of these guards depends on it; not an int, which Dynamo may make symbolic
+# every graph with one of these guards depends on it: hashes of the changes so far, xor-ed, so that
+# one there and one back cancel; not an int, which Dynamo may make symbolic
 _epoch = "0"
 # what compiled code reads of a weight beside its fields, and its class says
 _READ = ("act_group_size", "ndim", "__torch_function__")
@@ -54,25 +55,40 @@ class Watched:
     def _field_names(cls) -> list[str]:
         raise NotImplementedError
 
+    # {id of a weight: its guarded format}, in its __dict__, which swap_tensors (by which
+    # module.to(..) works) gives to another one: for a moment it is that of both
+    _guarded: dict[int, tuple[Any, ...]]
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # swap_tensors, by which module.to(..) works, sets __dict__
         guarded = self.__dict__.get("_guarded")
         super().__setattr__(name, value)
-        if guarded is not None:
-            self.__dict__.pop("_guarded", None)
-            # of another class, which swap_tensors sets first, it may be none of ours
-            if not isinstance(self, Watched) or self._guarded_format() != guarded:
-                _invalidate()
+        if guarded is None:
+            return
+        ours = isinstance(self, Watched)
+        if ours and name == "__class__":
+            # swap_tensors sets it first, and fields of that class follow
+            return
+        # not earlier: to set data is to set the fields
+        before = guarded.pop(id(self), None)
+        if before is not None:
+            _note(id(self), before, self._guarded_format() if ours else None)
 
     def __getstate__(self) -> dict[str, Any]:
         # what is loaded may be elsewhere (map_location), and no file tells whether it was compiled
         return {name: value for name, value in self.__dict__.items() if name != "_guarded"}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = super().__deepcopy__(memo)  # type: ignore[misc]
+        # of a weight whose id another one may have some day
+        copied.__dict__.pop("_guarded", None)
+        return copied
+
     def _guarded_format(self) -> tuple[Any, ...]:
         """The format, from now on watched: computed once and again when a field is set."""
-        if "_guarded" not in self.__dict__:
-            self.__dict__["_guarded"] = self._format()
-        return self.__dict__["_guarded"]
+        guarded = self.__dict__.setdefault("_guarded", {})
+        if id(self) not in guarded:
+            guarded[id(self)] = self._format()
+        return guarded[id(self)]
 
     def _format(self) -> tuple[Any, ...]:
         """All that compiled code knows of the fields, which is all but their bytes."""
@@ -95,9 +111,11 @@ def _known(field: Any) -> Any:
     return kind, field.dtype, field.device, field.shape, field.stride(), flags
 
 
-def _invalidate() -> None:
+def _note(weight: int, before: tuple[Any, ...], after: tuple[Any, ...] | None) -> None:
     global _epoch
-    _epoch = str(int(_epoch) + 1)
+    if before != after:
+        change = hash((weight, repr(before))) ^ hash((weight, repr(after)))
+        _epoch = str(int(_epoch) ^ change)
 
 
 def _guard_format(ctx: Any) -> None:

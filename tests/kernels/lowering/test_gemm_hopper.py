@@ -16,6 +16,7 @@ import triton
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
 from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, runs_of_tokens
+from w4tensor.kernels.hopper_loop import groups_together
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -38,7 +39,7 @@ def _lower(
     scale: str | None = None,
     bias: bool = False,
     pdl: bool = False,
-    whole_steps: bool = True,
+    n_groups: int = 64,
     # for fewer tokens than the tile has
     few: bool = False,
 ) -> Lowered:
@@ -61,7 +62,7 @@ def _lower(
     constants = {
         "GROUP_N": 8,
         "GROUP": group,
-        "WHOLE_STEPS": whole_steps,
+        "TOGETHER": groups_together(n_groups, group or 128, tile.block_m),
         "ACT_QUANT": False,
         "WARPS": tile.num_warps,
         "STAGES": tile.num_stages,
@@ -158,9 +159,17 @@ def test_every_tile(tile, few):
 def test_every_tile_with_what_costs_most_registers(tile):
     # fp32 x with a bias, N of any size, K not whole steps or all of it, and zero points in fp32
     zero = None if (tile.block_m, tile.block_n) == NO_ZERO_POINTS else "fp32"
-    for whole_steps in (False, True):
-        options = dict(y="fp32", bias=True, pdl=True, whole_steps=whole_steps)
+    for n_groups in (45, 90, 64):
+        options = dict(y="fp32", bias=True, pdl=True, n_groups=n_groups)
         _check(tile, "bf16", 32, zero, split=True, **options)
+
+
+def test_scales_are_loaded_with_their_neighbours():
+    # a step has scales of four groups in each of a thread's two rows
+    of_few = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (64, 64))
+    for tile, loads in ((of_few, (2, 4, 8)), (OF_16_ROWS, (2, 8, 8))):
+        codes = [_lower(tile, group=32, n_groups=n) for n in (64, 90, 45)]
+        assert tuple(code.count("LDG") for code in codes) == loads, tile
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)

@@ -19,6 +19,7 @@ from w4tensor.dispatch_experts import (
     for_short_loops,
 )
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
+from w4tensor.kernels.hopper_loop import groups_together
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -61,7 +62,7 @@ def _lower(
         "SPLIT_K": plan.split_k,
         "SCATTER": scatter,
         "GROUP": group,
-        "WHOLE_STEPS": True,
+        "TOGETHER": groups_together(64, group or 128, plan.block_m),
         "ACT_QUANT": act_quant,
         "GATE": gate,
         "ACT": act,
