@@ -70,7 +70,8 @@ def candidates(p: Point, target: Arch) -> list:
             plans.append(plan)
     if p.m >= 1024:
         rows = dispatch.workspace_rows(p.problem)
-        plans += [DequantPlan(rows), DequantPlan(max(256, rows // 512 * 256))]
+        # a small weight has no smaller workspace
+        plans += [DequantPlan(size) for size in {rows, max(256, rows // 512 * 256)}]
     chosen = dispatch.plan(p.problem, target)
     return plans if chosen in plans else [*plans, chosen]
 

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks import rows, tune
@@ -34,6 +34,7 @@ def test_what_dispatch_chooses_is_timed(shape):
     st.sampled_from(["symmetric", "integer"]),
     st.sampled_from([H200, A100]),
 )
+@example(256, 1, 1024, 128, "symmetric", H200)
 def test_candidates_are_all_different_and_can_be_written(n, blocks, m, group_size, zero, target):
     p = tune.Point(n, 128 * blocks, group_size, zero, m)
     plans = tune.candidates(p, target)
