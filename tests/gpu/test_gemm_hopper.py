@@ -29,9 +29,10 @@ pytestmark = [pytest.mark.gpu, needs_hopper]
 
 EMPTY = torch.empty
 SPLITS = (1, 2, 3, 8)
-BY_SHAPE = {(tile.block_m, tile.block_n): tile for tile in TILES}
-# of few tokens, of warps with 32 rows, of two runs of tokens, of eight warps
+BY_SHAPE = {(tile.block_m, tile.block_n): tile for tile in reversed(TILES)}
+# of few tokens, of warps with 32 rows, of two runs of tokens, of eight warps, and not pipelined
 SEVERAL = tuple(BY_SHAPE[shape] for shape in ((16, 64), (64, 128), (96, 64), (128, 128)))
+SEVERAL += (next(tile for tile in TILES if not tile.pipelined),)
 # the same weights and the same sums in another order of fp32 additions
 TWIN_REL_ERR = 3e-5
 TWIN = GemmPlan(64, 64, 8, 1, scale_after=False, kwidth=2, num_warps=4, num_stages=3)

@@ -553,6 +553,59 @@ def swap_fields(weight, other):
     weight.__dict__, other.__dict__ = other.__dict__, weight.__dict__
 
 
+def swap_all(weight, other):
+    weight.__class__, other.__class__ = type(other), type(weight)
+    swap_fields(weight, other)
+    torch._C._swap_tensor_impl(weight, other)
+
+
+@skipping_modules
+@both_classes
+def test_a_float_weight_that_comes_twice_is_seen_twice(cls):
+    torch._dynamo.reset()
+    linear = quantised(cls, nn.Linear(256, 64, bias=False))
+    model, other = nn.ModuleList([nn.Sequential(linear)]), nn.ModuleList([nn.Sequential(linear)])
+    floats = nn.Parameter(torch.randn(64, 256), requires_grad=False)
+    x = exact_x(3, 256)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x):
+        return [part(x) for part in model]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def watch_again(x):
+        return [part(x) * 2 for part in other]
+
+    for _ in range(3):
+        run(x)
+    swap_all(linear.weight, floats)
+    swap_all(linear.weight, floats)
+    watch_again(x)
+    swap_all(linear.weight, floats)
+    assert torch.equal(run(x)[0], linear(x)) and isinstance(floats, cls)
+
+
+@skipping_modules
+@both_classes
+def test_a_class_of_its_own_is_seen(cls):
+    torch._dynamo.reset()
+
+    class Twice(cls):
+        pass
+
+    Twice._linear = staticmethod(lambda *args: 2 * cls._linear(*args))
+    linear = quantised(cls, nn.Linear(256, 64, bias=False))
+    model, x = nn.ModuleList([nn.Sequential(linear)]), exact_x(3, 256)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x):
+        return [part(x) for part in model]
+
+    once = [run(x)[0] for _ in range(3)][-1]
+    linear.weight.__class__ = Twice
+    assert torch.equal(run(x)[0], 2 * once)
+
+
 def swap_data(weight, other):
     ours, theirs = weight.data, other.data
     weight.data, other.data = theirs, ours

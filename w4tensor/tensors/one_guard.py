@@ -16,6 +16,8 @@ Made with what PyTorch 2.11 to 2.13 have inside. Where a release lacks it, Dynam
 
 from __future__ import annotations
 
+import itertools
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +46,8 @@ __all__ = ["Watched", "guard_as_one"]
 # every graph with one of these guards depends on it: hashes of the changes so far, xor-ed, so that
 # one there and one back cancel; not an int, which Dynamo may make symbolic
 _epoch = "0"
+_losses = itertools.count()
+_lock = threading.Lock()
 # what compiled code reads of a weight beside its fields, and its class says
 _READ = ("act_group_size", "ndim", "__torch_function__")
 
@@ -60,18 +64,21 @@ class Watched:
     _guarded: dict[int, tuple[Any, ...]]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        guarded = self.__dict__.get("_guarded")
+        guarded, cls = self.__dict__.get("_guarded"), type(self)
         super().__setattr__(name, value)
-        if guarded is None:
-            return
-        ours = isinstance(self, Watched)
-        if ours and name == "__class__":
-            # swap_tensors sets it first, and fields of that class follow
+        # swap_tensors sets the class first, mostly to what it is
+        if guarded is None or (name == "__class__" and type(self) is cls):
             return
         # not earlier: to set data is to set the fields
         before = guarded.pop(id(self), None)
-        if before is not None:
-            _note(id(self), before, self._guarded_format() if ours else None)
+        if before is None:
+            return
+        after = None
+        try:
+            if type(self) is cls:
+                after = self._guarded_format()
+        finally:
+            _note(id(self), before, after)
 
     def __getstate__(self) -> dict[str, Any]:
         # what is loaded may be elsewhere (map_location), and no file tells whether it was compiled
@@ -112,10 +119,13 @@ def _known(field: Any) -> Any:
 
 
 def _note(weight: int, before: tuple[Any, ...], after: tuple[Any, ...] | None) -> None:
+    """after: None where the weight is watched no more, and nothing will tell of its way back."""
     global _epoch
-    if before != after:
-        change = hash((weight, repr(before))) ^ hash((weight, repr(after)))
-        _epoch = str(int(_epoch) ^ change)
+    if before == after:
+        return
+    with _lock:
+        now = ("lost", next(_losses)) if after is None else (weight, repr(after))
+        _epoch = str(int(_epoch) ^ hash((weight, repr(before))) ^ hash(now))
 
 
 def _guard_format(ctx: Any) -> None:

@@ -164,6 +164,19 @@ def test_every_tile_with_what_costs_most_registers(tile):
         _check(tile, "bf16", 32, zero, split=True, **options)
 
 
+@pytest.mark.parametrize("tile", [OF_16_ROWS, OF_32_ROWS], ids=_name)
+def test_warps_await_sums_each_by_itself(tile):
+    # they leave the loop at different times: a barrier in it would never be passed
+    lines = _lower(tile, split=True, pdl=True).ptx.splitlines()
+    (look,) = (i for i, line in enumerate(lines) if "ld.acquire.gpu" in line)
+    begin = next(i for i in range(look, 0, -1) if lines[i].startswith("$L"))
+    label = lines[begin].split(":")[0]
+    end = next(
+        i for i in range(look, len(lines)) if re.search(rf"bra.*{re.escape(label)}\b", lines[i])
+    )
+    assert not any("bar" in line or ".shared" in line for line in lines[begin:end])
+
+
 def test_scales_are_loaded_with_their_neighbours():
     # a step has scales of four groups in each of a thread's two rows
     of_few = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (64, 64))
