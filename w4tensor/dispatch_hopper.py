@@ -17,12 +17,12 @@ READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The tile a
 the least predicted time are taken.
 
 The constants are fitted to benchmarks/results/tune.csv and to earlier rows of the same day, scaled
-to it: 22 shapes, 8 to 1024 tokens, each point's plans in turn on one H200. Five hosts took part, of
-which some run large tiles 15 % slower and bf16 as fast: from 128 tokens on, a plan that was chosen
-before the fit kept its place unless another gained 3 %. Rows of more than two slices that are older
-than sums awaited at once were taken as 0.35 us faster for each slice beyond two.
+to it: 22 shapes, 8 to 1024 tokens, each point's plans in one run on an H200. Large tiles ran up to
+15 % slower in some runs than in others, and bf16 as fast: from 128 tokens on, a plan that was
+chosen before the fit kept its place unless another gained 3 %. Rows of more than two slices that
+are older than sums awaited at once were taken as 0.35 us faster for each slice beyond two. What was
+scaled is not in that file, and no script of this repository made the fit.
 
-What was scaled is not in that file, and no script of this repository made the fit.
 At 293 points of that file that have its choice, the choice takes 1.000 times the best measured plan
 in the middle, 1.095 at 95 % and at most 1.153. The fit without one shape, 22 times, and tried on
 that shape takes 1.000, 1.141 and 1.294.
