@@ -20,14 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from w4tensor.kernels.hopper_loop import (
-    accumulate,
-    barrier,
-    descriptor,
-    groups_together,
-    layout_of_rows,
-    store,
-)
+from w4tensor.kernels.groups import groups_together
+from w4tensor.kernels.hopper_loop import accumulate, barrier, descriptor, layout_of_rows, store
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 

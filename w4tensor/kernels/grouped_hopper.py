@@ -18,11 +18,11 @@ from triton.experimental.gluon import language as gl
 
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.grouped import tile_rows
+from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import (
     accumulate,
     aligned_rows,
     descriptor,
-    groups_together,
     layout_of_rows,
     layout_of_sums,
 )

@@ -33,7 +33,6 @@ subnormal numbers, whose unit goes into the scale.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton.language as tl
@@ -221,7 +220,7 @@ def _groups(
     n_groups,
     # 0 where the row is one group
     GROUP: gl.constexpr,
-    # groups_together()
+    # groups.py, groups_together()
     TOGETHER: gl.constexpr,
     WORDS: gl.constexpr,
     # of [BN, t, i]: that which groups do not run along
@@ -346,7 +345,7 @@ def accumulate(
     BLOCK_N: gl.constexpr,
     # 0 where the row is one group
     GROUP: gl.constexpr,
-    # groups of a row that are loaded at a time: groups_together()
+    # groups of a row that are loaded at a time (groups.py)
     TOGETHER: gl.constexpr,
     # whether W is in this format, or in COALESCED
     ACT_QUANT: gl.constexpr,
@@ -452,24 +451,6 @@ def accumulate(
         return (acc[0] * UNIT,), xs
     else:
         return (acc[0] * UNIT, acc[1] * UNIT), xs
-
-
-# tokens of a tile up to which two of a step's four scales are loaded together
-PAIRS_MAX_M = 64
-
-
-def groups_together(n_groups: int, group_size: int, block_m: int) -> int:
-    """How many groups of a step of 128 k are loaded at a time: a row has a multiple of them.
-
-    Two of four help small tiles only: 5120 x 2880 in groups of 32 takes 8.7 us at 32 tokens (one by
-    one 9.4), and at 128 17.9 (14.5).
-
-    >>> groups_together(32, 32, 8), groups_together(90, 32, 8), groups_together(90, 32, 128)
-    (4, 2, 1)
-    """
-    of_step = max(1, 128 // group_size)
-    together = math.gcd(n_groups, of_step)
-    return together if together == of_step or block_m <= PAIRS_MAX_M else 1
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
 from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, runs_of_tokens
-from w4tensor.kernels.hopper_loop import groups_together
+from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from tests.kernels.lowering.sass import Lowered, lower, messages
 from w4tensor.dispatch_hopper import TILES
 from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, runs_of_tokens
-from w4tensor.kernels.hopper_loop import groups_together
+from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"

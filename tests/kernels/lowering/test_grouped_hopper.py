@@ -19,7 +19,7 @@ from w4tensor.dispatch_experts import (
     for_short_loops,
 )
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
-from w4tensor.kernels.hopper_loop import groups_together
+from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
