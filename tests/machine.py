@@ -52,8 +52,12 @@ class _Code(CompiledKernel):
         return None
 
     def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
+        if enter is not None:
+            enter(metadata)
         # kernels keep code from test to test, and each has its own machine
         driver.active.launches.append((self.name, (x, y, z), stream, args))
+        if leave is not None:
+            leave(metadata)
 
 
 def in_place_of_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.machine import Machine
 from w4tensor import alike, arch, launch, ops
 from w4tensor.dispatch import Arch
-from w4tensor.errors import PackingError
+from w4tensor.errors import PackingError, Unsupported
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
 from w4tensor.testing import random_codes
 
@@ -31,23 +33,61 @@ def hopper(machine, monkeypatch) -> Machine:
         cache.cache_clear()
 
 
-def launched(machine: Machine, operands: tuple) -> list[tuple]:
-    """What cuda_linear launches; memory is named by the operand that it is, or not at all."""
+def launched(machine: Machine, run: Callable, operands: tuple) -> list[list]:
+    """What run(*operands) launches, with an address wherever there is memory, and its result."""
     machine.launches.clear()
-    ops.cuda_linear(*operands)
+    # no memory twice: it is known by its address
+    with Kept():
+        y = run(*operands)
     assert machine.launches
-    known = {t.data_ptr(): i for i, t in enumerate(operands) if isinstance(t, torch.Tensor)}
+    some = [[*rest, *map(address, args)] for *rest, args in machine.launches]
+    return [*some, [Address(y.data_ptr()), y.dtype, *y.shape]]
 
-    def named(arg):
-        if isinstance(arg, torch.Tensor):
-            return "memory", known.get(arg.data_ptr())
-        if isinstance(arg, int) and arg >> 61:
-            return "token"
-        if hasattr(arg, "base"):
-            return named(arg.base), tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
-        return arg
 
-    return [(*rest, [named(a) for a in args]) for *rest, args in machine.launches]
+class Kept(TorchDispatchMode):
+    """Results of all operators are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.results.append(func(*args, **(kwargs or {})))
+        return self.results[-1]
+
+
+def address(arg):
+    if isinstance(arg, torch.Tensor):
+        return Address(arg.data_ptr())
+    if hasattr(arg, "base"):
+        return Address(arg.base.data_ptr()), arg.shape, arg.strides, arg.block_shape, arg.layout
+    return arg
+
+
+class Address(int):
+    """Told apart from other integers where launches have tensors."""
+
+
+def named(launches: list[list], like: list[list], operands: tuple) -> list[list]:
+    """`launches`, of whose numbers those where `like` has addresses stand for memory: of an
+    operand and how far in, or of the how manieth memory that is none's; tokens are all the same."""
+    spans = [(i, t.data_ptr(), t.nbytes) for i, t in enumerate(operands) if torch.is_tensor(t)]
+    others: dict[int, int] = {}
+
+    def name(arg, shown):
+        if isinstance(shown, tuple):
+            return tuple(name(*pair) for pair in zip(arg, shown, strict=True))
+        if isinstance(shown, Address):
+            for i, first, size in spans:
+                if first <= arg < first + size:
+                    return "operand", i, arg - first
+            return "other", others.setdefault(int(arg), len(others))
+        return "token" if isinstance(shown, int) and shown >> 61 else arg
+
+    return [
+        [name(*pair) for pair in zip(*both, strict=True)]
+        for both in zip(launches, like, strict=True)
+    ]
 
 
 def off_by_one(t: torch.Tensor) -> torch.Tensor:
@@ -75,18 +115,47 @@ def problems(draw) -> tuple:
     x = torch.zeros(*shape, k, dtype=draw(st.sampled_from((dtype, torch.float32))))
     bias = draw(st.sampled_from((None, torch.zeros(n, dtype=dtype), torch.zeros(n))))
     tensors = x, qdata, codes.scale, codes.zero_point, bias
-    return *tensors, group_size, act_group_size, LAYOUT_VERSION
+    return ops.cuda_linear, (*tensors, group_size, act_group_size, LAYOUT_VERSION)
+
+
+@st.composite
+def blocks(draw) -> tuple:
+    """Of few experts, as a whole or one product of it."""
+    experts, hidden, inter = draw(st.sampled_from(((4, 128, 256), (2, 256, 128), (3, 64, 64))))
+    group_size = draw(st.sampled_from((32, 64)))
+    zero = draw(st.sampled_from(("symmetric", "integer")))
+    act_group_size = draw(st.sampled_from((None, None, 32, -1)))
+    layout = COALESCED if act_group_size is None else ACT_QUANT
+    tokens, top_k = draw(st.sampled_from((1, 3, 40, 300))), draw(st.sampled_from((1, 2)))
+    x = torch.zeros(tokens, hidden, dtype=draw(st.sampled_from((torch.bfloat16, torch.float32))))
+
+    def stack(n: int, k: int) -> tuple:
+        codes = random_codes(experts, n, k, group_size=group_size, zero_point=zero)
+        return layout.pack(codes.q), codes.scale, codes.zero_point
+
+    rest = group_size, act_group_size, LAYOUT_VERSION
+    what = draw(st.sampled_from(("experts", "grouped", "gathered")))
+    if what == "grouped":
+        offs = torch.zeros(experts, dtype=torch.int32)
+        return ops.cuda_grouped_linear, (x, *stack(inter, hidden), offs, *rest)
+    if what == "gathered":
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        return ops.cuda_gathered_linear, (x, ids, *stack(inter, hidden), *rest)
+    ids, weight = torch.zeros(tokens, top_k, dtype=torch.int64), torch.ones(tokens, top_k)
+    bias = draw(st.sampled_from((None, torch.zeros(experts, hidden))))
+    stacks = *stack(2 * inter, hidden), None, *stack(hidden, inter), bias
+    return ops.cuda_experts, (x, ids, weight, *stacks, group_size, *rest[:2], "halves", "silu", 1)
 
 
 @st.composite
 def neighbours(draw) -> list[tuple]:
     """A problem, and others that differ in where one operand lies."""
-    problem = draw(problems())
-    given = [problem]
+    run, problem = draw(st.one_of(problems(), blocks()))
+    given = [(run, problem)]
     for at in draw(st.lists(st.integers(0, 4), max_size=3)):
         if problem[at] is not None:
             moved = draw(st.sampled_from((off_by_one, strided)))(problem[at])
-            given.append((*problem[:at], moved, *problem[at + 1 :]))
+            given.append((run, (*problem[:at], moved, *problem[at + 1 :])))
     return given
 
 
@@ -95,12 +164,44 @@ def neighbours(draw) -> list[tuple]:
 def test_a_second_call_launches_what_a_first_one_does(hopper, lists):
     some = [problem for given in lists for problem in given]
     first = []
-    for problem in some:
+    for run, operands in some:
         alike._known.clear()
-        first.append(launched(hopper, problem))
+        first.append(launched(hopper, run, operands))
     alike._known.clear()
+    tokens = [number for launches in first for number in tokens_of(launches)]
     for _ in range(2):
-        assert [launched(hopper, problem) for problem in some] == first
+        for (run, operands), like in zip(some, first, strict=True):
+            launches = launched(hopper, run, operands)
+            assert named(launches, like, operands) == named(like, like, operands)
+            tokens += tokens_of(launches)
+    assert len(tokens) == len(set(tokens))
+
+
+def tokens_of(launches: list[list]) -> list[int]:
+    return [arg for args in launches for arg in args if type(arg) is int and arg >> 61]
+
+
+def test_tensors_of_another_device_are_not_remembered(hopper):
+    codes = random_codes(64, 256, group_size=128)
+    x = torch.zeros(1, 256, dtype=codes.scale.dtype)
+    operands = x, COALESCED.pack(codes.q), codes.scale, None, None, 128, None, LAYOUT_VERSION
+    hopper.device = 1
+    ops.cuda_linear(*operands)
+    assert hopper.launches and not alike._known
+    hopper.device = -1
+    ops.cuda_linear(*operands)
+    assert alike._known
+
+
+def test_operators_are_told_apart(hopper):
+    codes = random_codes(4, 64, 128, group_size=64)
+    x = torch.zeros(3, 128, dtype=codes.scale.dtype)
+    offs = torch.zeros(4, dtype=torch.int32)
+    operands = x, COALESCED.pack(codes.q), codes.scale, None, offs, 64, None, LAYOUT_VERSION
+    for _ in range(2):
+        ops.cuda_grouped_linear(*operands)
+        with pytest.raises(Unsupported):
+            ops.cuda_linear(*operands)
 
 
 @pytest.mark.parametrize("act_group_size,m", [(None, 1), (None, 40), (32, 40), (64, 300)])
@@ -126,8 +227,10 @@ def test_kernels_read_a_bias_that_lies_side_by_side(hopper, act_group_size, m):
     x, bias = torch.zeros(m, 256, dtype=codes.scale.dtype), torch.zeros(64)
     rest = 128, act_group_size, LAYOUT_VERSION
     for operand, is_read in ((bias, True), (strided(bias), False)):
-        *_, last = launched(hopper, (x, qdata, codes.scale, None, operand, *rest))
-        assert (("memory", 4) in last[-1]) is is_read
+        operands = x, qdata, codes.scale, None, operand, *rest
+        launches = launched(hopper, ops.cuda_linear, operands)
+        *_, last, _ = named(launches, launches, operands)
+        assert (("operand", 4, 0) in last) is is_read
 
 
 def test_what_is_wrong_is_refused_after_what_was_right(hopper):

@@ -1,4 +1,4 @@
-"""Products of operands that are like earlier ones: nothing is checked and planned for them again.
+"""Calls with operands that are like earlier ones: nothing is checked and planned for them again.
 
 Checks, a plan and a launch's arguments cost the host more than decoding a token costs the device.
 """
@@ -11,49 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["multiply", "remember"]
+from w4tensor.recording import Recording, Replay, active
+
+__all__ = ["call"]
 
 # kinds that are remembered; sizes are a part of a kind
 KEPT = 4096
-# {_kind: what fills y, given x, qdata, scale, zero_point, bias and y}
-_known: dict[tuple | None, Callable] = {}
+# {_kind: what such a call launches, or None if that is not to be had}
+_known: dict[tuple, Replay | None] = {}
 
 
-def multiply(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    act_group_size: int | None,
-) -> Tensor | None:
-    """The product, as ops.linear defines it, or None if no operands like these are remembered."""
-    run = _known.get(_kind(x, qdata, scale, zero_point, bias, group_size, act_group_size))
-    if run is None:
-        return None
-    y = x.new_empty((*x.shape[:-1], qdata.shape[-2]))
-    run(x, qdata, scale, zero_point, bias, y)
+def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: tuple) -> Tensor:
+    """run(*tensors, *rest), which depends on no values of tensors but by its kernels.
+
+    Nothing that is wrong is launched: what run() refused is not remembered.
+    """
+    kind = _kind(run, tensors, rest)
+    if kind is None or active() is not None:
+        return run(*tensors, *rest)
+    if kind in _known:
+        replay = _known[kind]
+        return run(*tensors, *rest) if replay is None else replay(*tensors)
+    with Recording(tensors) as recording:
+        y = run(*tensors, *rest)
+    if len(_known) >= KEPT:
+        _known.clear()
+    _known[kind] = recording.replay(y)
     return y
 
 
-def remember(run: Callable | None, *operands: Any) -> None:
-    """Have multiply() call `run`, if there is one, for operands like these, which were checked."""
-    kind = None if run is None else _kind(*operands)
-    if run is None or kind is None:
-        return
-    if len(_known) == KEPT:
-        _known.clear()
-    _known[kind] = run
-
-
-def _kind(x, qdata, scale, zero_point, bias, group_size, act_group_size) -> tuple | None:
+def _kind(run: Callable, tensors: tuple[Tensor | None, ...], rest: tuple) -> tuple | None:
     """All that checks, plans and launches look at; None for operands that need a copy, another
     device or other machine code."""
     device = torch.cuda.current_device()
-    kind: list[Any] = [device, group_size, act_group_size]
+    kind: list[Any] = [run, device, *rest]
     addresses = 0
-    for t in (x, qdata, scale, zero_point, bias):
+    for t in tensors:
         if t is None:
             kind.append(None)
             continue

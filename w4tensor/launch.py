@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from w4tensor import alike, arch, dispatch, moe, reference
+from w4tensor import arch, dispatch, moe, reference
 from w4tensor.dispatch import DecodePlan, DequantPlan, GemmPlan, Problem, ReferencePlan
 from w4tensor.dispatch_act_quant import (
     ActQuantDecodePlan,
@@ -133,7 +133,6 @@ def coalesced_linear(
     x3 = _sixteen_bit(x if stacked else x.reshape(1, -1, k))
     e, m, _ = x3.shape
     plan = _plan(x.device.index, m, n, k, group_size, _ACT_NAMES[x3.dtype], zero_point is None, e)
-    given = qdata, scale, zero_point, bias
     bias = None if bias is None else bias.contiguous()
     if not _are_whole_rows(qdata, scale, zero_point):
         qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
@@ -145,10 +144,7 @@ def coalesced_linear(
     if isinstance(plan, ReferencePlan):
         w = reference.dequantize(COALESCED.unpack(qdata, k), scale, zero_point)
         return y.copy_(reference.linear(x, w, bias))
-    weight = qdata, scale, zero_point
-    again = run_coalesced(plan, x3, *weight, bias, y.view(e, m, n), group_size)
-    if x3.dtype == x.dtype:
-        alike.remember(again, x, *given, group_size, None)
+    run_coalesced(plan, x3, qdata, scale, zero_point, bias, y.view(e, m, n), group_size)
     return y
 
 
@@ -161,24 +157,20 @@ def run_coalesced(
     bias: Tensor | None,
     y: Tensor,
     group_size: int,
-) -> Callable | None:
-    """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *].
-
-    Returns what does so for contiguous x .. y alike, of whatever shape, if anything.
-    """
+) -> None:
+    """y [E, M, N] from x [E, M, K] and contiguous W [E, N, *] or, if E is 1, [N, *]."""
     weight = qdata, scale, zero_point
     if isinstance(plan, GemvPlan):
         rows = aligned(x.flatten(0, 1))
-        return gemv(rows, *weight, bias, y.flatten(0, 1), group_size, plan)
-    if isinstance(plan, DecodePlan):
-        return decode(x, *weight, bias, y, group_size, plan)
-    if isinstance(plan, HopperPlan):
-        return gemm_hopper(aligned_rows(x[0]), *weight, bias, y[0], group_size, plan)
-    if isinstance(plan, GemmPlan):
+        gemv(rows, *weight, bias, y.flatten(0, 1), group_size, plan)
+    elif isinstance(plan, DecodePlan):
+        decode(x, *weight, bias, y, group_size, plan)
+    elif isinstance(plan, HopperPlan):
+        gemm_hopper(aligned_rows(x[0]), *weight, bias, y[0], group_size, plan)
+    elif isinstance(plan, GemmPlan):
         gemm(x, *weight, bias, y, group_size, plan)
     else:
         _by_blocks(dequantize, x[0], *weight, group_size, bias, y[0], plan.rows)
-    return None
 
 
 def _by_blocks(
@@ -303,14 +295,13 @@ def act_quant_linear(
     e, m, _ = x3.shape
     symmetric = zero_point is None
     plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
-    given = qdata, scale, zero_point, bias
     bias = None if bias is None else bias.contiguous()
     if isinstance(plan, GemvPlan):
         if not _are_whole_rows(qdata, scale, zero_point):
             qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
             plan = replace(plan, pdl="none")
         rows = x3 if x3.stride(-1) == 1 else x3.contiguous()
-        start = gemv(
+        gemv(
             aligned(rows.flatten(0, 1), 16),
             qdata,
             scale,
@@ -321,21 +312,13 @@ def act_quant_linear(
             plan,
             act_group_size=act_group_size,
         )
-        alike.remember(start, x, *given, group_size, act_group_size)
         return y
     # a launch that quantises stands between a copy and what may start before it is done
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     if isinstance(plan, ActQuantHopperPlan):
-        gemm, overlap = plan.gemm, plan.overlap
-
-        def rounded(x: Tensor) -> Tensor:
-            early = dict(pdl=gemm.pdl, overlap=overlap)
-            return round_activation(x.view(1, m, k), act_group_size, word_order=True, **early)[0]
-
-        operands = qdata, scale, zero_point, bias, y.view(m, n)
-        multiply = gemm_hopper(rounded(x3), *operands, group_size, gemm)
-        again = multiply and (lambda x, *rest: multiply(rounded(x), *rest))
-        alike.remember(again, x, *given, group_size, act_group_size)
+        early = dict(pdl=plan.gemm.pdl, overlap=plan.overlap)
+        x2 = round_activation(x3, act_group_size, word_order=True, **early)[0]
+        gemm_hopper(x2, qdata, scale, zero_point, bias, y.view(m, n), group_size, plan.gemm)
         return y
     if isinstance(plan, ActQuantRoundedPlan):
         x2 = round_activation(x3, act_group_size)[0]

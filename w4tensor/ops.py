@@ -48,7 +48,7 @@ from w4tensor.checks import (
 )
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, check_contract
 
-__all__ = ["cuda_experts", "cuda_linear"]
+__all__ = ["cuda_experts", "cuda_gathered_linear", "cuda_grouped_linear", "cuda_linear"]
 
 _library = torch.library.Library("w4tensor", "DEF")
 _library.define(
@@ -192,12 +192,7 @@ def _reference_quantize_activation(x, act_group_size):
 # with CUDA: the kernel that dispatch names
 
 
-def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
-    """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
-    if layout_version == LAYOUT_VERSION:
-        y = alike.multiply(x, qdata, scale, zero_point, bias, group_size, act_group_size)
-        if y is not None:
-            return y
+def _run_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
     check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
     check_linear(x, qdata, bias)
     from w4tensor import launch
@@ -207,7 +202,7 @@ def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, l
     return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)
 
 
-def _cuda_grouped_linear(
+def _run_grouped_linear(
     x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version
 ):
     check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
@@ -217,7 +212,7 @@ def _cuda_grouped_linear(
     return launch.grouped_linear(x, qdata, scale, zero_point, offs, group_size, act_group_size)
 
 
-def _cuda_gathered_linear(
+def _run_gathered_linear(
     x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version
 ):
     check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
@@ -227,21 +222,43 @@ def _cuda_gathered_linear(
     return launch.gathered_linear(x, ids, qdata, scale, zero_point, group_size, act_group_size)
 
 
-def _cuda_experts(*operands):
+def _run_experts(*operands):
     from w4tensor import launch
 
     y = launch.experts(*operands)
     return _reference_experts(*operands) if y is None else y
 
 
-# what the operator `experts` runs on CUDA tensors, for callers that need no dispatcher
-cuda_experts = _experts(_cuda_experts)
+_run_checked_experts = _experts(_run_experts)
 
 
 def _cuda_quantize_activation(x, act_group_size):
     from w4tensor import launch
 
     return launch.quantize_activation(x, check_act_group_size(act_group_size))
+
+
+# the same by what alike.py remembers; operands by position, as the schemas have them
+
+
+def cuda_linear(*operands):
+    """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
+    return alike.call(_run_linear, operands[:5], operands[5:])
+
+
+def cuda_grouped_linear(*operands):
+    """As cuda_linear, of the operator `grouped_linear`."""
+    return alike.call(_run_grouped_linear, operands[:5], operands[5:])
+
+
+def cuda_gathered_linear(*operands):
+    """As cuda_linear, of the operator `gathered_linear`."""
+    return alike.call(_run_gathered_linear, operands[:5], operands[5:])
+
+
+def cuda_experts(*operands):
+    """As cuda_linear, of the operator `experts`."""
+    return alike.call(_run_checked_experts, operands[:11], operands[11:])
 
 
 # fakes
@@ -386,6 +403,6 @@ for _name, _backward, _save in (
 
 _library.impl("linear", cuda_linear, "CUDA")
 _library.impl("quantize_activation", _cuda_quantize_activation, "CUDA")
-_library.impl("grouped_linear", _cuda_grouped_linear, "CUDA")
-_library.impl("gathered_linear", _cuda_gathered_linear, "CUDA")
+_library.impl("grouped_linear", cuda_grouped_linear, "CUDA")
+_library.impl("gathered_linear", cuda_gathered_linear, "CUDA")
 _library.impl("experts", cuda_experts, "CUDA")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, PackingError, alike
+from w4tensor.tensors import experts
+from w4tensor.testing import random_routing
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +84,37 @@ def test_calls_that_are_alike_give_what_the_first_one_does(cls, fields, zero, gr
                     y, moved = F.linear(x, w, bias), F.linear(off_by_one(x), w, bias)
                     first, first_moved = expected.pop(0)
                     assert torch.equal(y, first) and torch.equal(moved, first_moved)
+
+
+@pytest.mark.parametrize(
+    "cls,fields", [(CudaCoalescedInt4Tensor, {}), (Int4ActQuantTensor, {"act_group_size": 32})]
+)
+@pytest.mark.parametrize("zero", ["symmetric", "min_max"])
+@pytest.mark.parametrize("n_experts,hidden,inter", [(8, 512, 256), (3, 192, 64)])
+def test_experts_that_are_alike_give_what_the_first_ones_do(
+    cls, fields, zero, n_experts, hidden, inter
+):
+    def stack(n: int, k: int):
+        w = torch.randn(n_experts, n, k).bfloat16().cuda()
+        return cls.from_hp(w, 64, zero, **fields)
+
+    layers = [(stack(2 * inter, hidden), stack(hidden, inter)) for _ in range(2)]
+    for tokens in (1, 2, 5, 40, 300, 2048):
+        xs = torch.randn(2, tokens, hidden, device="cuda").bfloat16()
+        routings = [random_routing(tokens, n_experts, 2, device="cuda", seed=i) for i in range(2)]
+        calls = list(itertools.product(xs, routings, layers))
+        with torch.no_grad():
+            expected = []
+            for x, routing, layer in calls:
+                alike._known.clear()
+                expected.append(experts(x, *routing, *layer))
+            for x, routing, layer in calls:
+                # freed at once: memory that the block may be given
+                nans = torch.full((8, tokens, 2 * hidden), float("nan"), device="cuda")
+                del nans
+                assert torch.equal(experts(x, *routing, *layer), expected.pop(0))
+        # the kind was not new after the first of them
+        assert sum(replay is not None for replay in alike._known.values()) == 1
 
 
 def off_by_one(x):

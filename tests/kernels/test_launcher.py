@@ -56,11 +56,7 @@ def test_the_driver_gets_what_triton_would_give_it(machine, some):
         machine.launches.clear()
         _kernel[grid](*args, **constants)
         launch(grid, *args, **constants)
-        again = launch.again(grid, *args, **constants)
-        if again is None:
-            assert any(isinstance(a, torch.Tensor) and a.data_ptr() % 16 for a in args)
-        else:
-            again(*args[:4])
+        launch(grid, *args, **constants)
         by_triton, *by_us = [addresses(launch) for launch in machine.launches]
         assert by_us == [by_triton] * len(by_us)
 
@@ -108,3 +104,20 @@ def test_what_is_remembered_is_bounded(machine, monkeypatch):
     for grid in range(1, 9):
         launch((grid,), torch.zeros(64), torch.zeros(64), None, 5, 24, STEP=16, NAME="")
         assert 1 <= len(launch._known) <= 3
+
+
+@pytest.mark.parametrize("when", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_triton_are_called(machine, when):
+    launch = Launcher(_kernel)
+    args = torch.zeros(64), torch.zeros(64), None, 5, 24
+    called = []
+    for _ in range(2):
+        launch((1,), *args, STEP=16, NAME="")
+    getattr(knobs.runtime, when).add(called.append)
+    try:
+        launch((1,), *args, STEP=16, NAME="")
+    finally:
+        getattr(knobs.runtime, when).remove(called.append)
+    assert len(called) == 1 and len(machine.launches) == 3
+    launch((1,), *args, STEP=16, NAME="")
+    assert len(called) == 1 and len(machine.launches) == 4

@@ -19,7 +19,6 @@ and multiplying is left: 1.6 to 2 instructions a weight (tests/kernels/lowering)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -332,11 +331,10 @@ def decode(
     y: Tensor,
     group_size: int,
     plan: DecodePlan,
-) -> Callable | None:
+) -> None:
     """y [E, M, N] from x [E, M, K] (bf16 or fp16, K contiguous) and contiguous W [E, N, *].
 
     zero_point and bias [N] may be None. y is contiguous and may be bf16, fp16 or fp32.
-    Returns what does so for x .. y alike (launcher.py), if anything.
     """
     e, m, k = x.shape
     n, n_groups = scale.shape[-2:]
@@ -345,15 +343,12 @@ def decode(
     assert n_groups == 1 or step % group_size == 0, "groups straddle steps"
     segments = 1 if n_groups == 1 else max(1, plan.block_k // group_size)
     tiles = -(-n // plan.block_n)
-
-    def scratch(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if plan.split_k == 1:
-            return None, None
+    parts = counters = None
+    if plan.split_k > 1:
         parts = torch.empty(plan.split_k, e, m, n, device=x.device, dtype=torch.float32)
-        return parts, torch.zeros(e * tiles, device=x.device, dtype=torch.int32)
-
+        counters = torch.zeros(e * tiles, device=x.device, dtype=torch.int32)
     vector = groups_of(scale, zero_point, group_size, plan.block_k // 128).vector
-    again = _launch_decode.again(
+    _launch_decode(
         (tiles, plan.split_k, e),
         x,
         qdata.view(torch.int32),
@@ -361,7 +356,8 @@ def decode(
         zero_point,
         bias,
         y,
-        *scratch(x),
+        parts,
+        counters,
         m,
         n,
         k,
@@ -388,5 +384,3 @@ def decode(
         num_stages=plan.num_stages,
         **({"launch_pdl": True} if plan.pdl else {}),
     )
-    # of tensors only the addresses are read: qdata need not be words
-    return again and (lambda x, *rest: again(x, *rest, *scratch(x)))

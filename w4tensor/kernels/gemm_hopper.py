@@ -10,7 +10,6 @@ Programs wait only for programs that were started before them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -304,7 +303,7 @@ def token_of_launch() -> int:
 _BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 MAX_REGISTERS = {(8, 64): 80} if _BEFORE_3_9 else {}
 
-_launch_gemm = Launcher(_gemm_hopper_kernel)
+_launch_gemm = Launcher(_gemm_hopper_kernel, anew={"token": token_of_launch})
 
 
 def gemm_hopper(
@@ -316,12 +315,11 @@ def gemm_hopper(
     y: Tensor,
     group_size: int,
     plan: HopperPlan,
-) -> Callable | None:
+) -> None:
     """y [M, N] from x [M, K] (bf16 or fp16; 16-byte aligned rows) and contiguous W [N, *]
     or [1, N, *]. zero_point and bias [N] may be None. y is contiguous: bf16, fp16 or fp32.
 
     qdata is COALESCED, or ACT_QUANT, for which x is [M, padded_k(K)] in word order.
-    Returns what does so for x .. y alike (launcher.py), if anything.
     """
     (m, k), row = x.shape, x.stride(0)
     n, n_groups = scale.shape[-2:]
@@ -341,34 +339,29 @@ def gemm_hopper(
     capped = tile in MAX_REGISTERS and shortest and scale_a_step and all_cut
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
 
-    def operands(x, words, scale, zero_point, bias, y) -> tuple:
-        parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
+    parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
 
-        def of_x(tokens: int) -> TensorDescriptor | None:
-            return descriptor(x, (m, k), row, (tokens, 128), dtype) if tokens else None
+    def of_x(tokens: int) -> TensorDescriptor | None:
+        return descriptor(x, (m, k), row, (tokens, 128), dtype) if tokens else None
 
-        def of_y(tokens: int) -> TensorDescriptor | None:
-            stored = tokens and by_tiles
-            return descriptor(y, (m, n), n, (tokens, plan.block_n), dtype) if stored else None
+    def of_y(tokens: int) -> TensorDescriptor | None:
+        stored = tokens and by_tiles
+        return descriptor(y, (m, n), n, (tokens, plan.block_n), dtype) if stored else None
 
-        return (
-            of_x(first),
-            of_x(second),
-            descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
-            of_y(first),
-            of_y(second),
-            y,
-            scale,
-            zero_point,
-            bias,
-            parts,
-            flags,
-            token_of_launch(),
-        )
-
-    again = _launch_gemm.again(
+    _launch_gemm(
         (plan.whole + cut * split_k,),
-        *operands(x, words, scale, zero_point, bias, y),
+        of_x(first),
+        of_x(second),
+        descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
+        of_y(first),
+        of_y(second),
+        y,
+        scale,
+        zero_point,
+        bias,
+        parts,
+        flags,
+        token_of_launch(),
         m,
         n,
         steps,
@@ -387,5 +380,3 @@ def gemm_hopper(
         **({"launch_pdl": True} if plan.pdl else {}),
         **({"maxnreg": MAX_REGISTERS[tile]} if capped else {}),
     )
-    # of tensors only the addresses are read: qdata need not be words
-    return again and (lambda *tensors: again(*operands(*tensors)))

@@ -28,7 +28,6 @@ Ids outside 0..E-1 are expert-parallel sentinels: they load no weights and add n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -328,7 +327,7 @@ def gemv(
     x_div: int = 1,
     gate: str = "none",
     act: str = "none",
-) -> Callable | None:
+) -> None:
     """Fill y [items, N], or [items, N / 2] with a gate, from contiguous W [E, N, *].
 
     Without ids, x [E * M, K] and item e * M + m takes W[e]; qdata may be [N, *], and bias is [N].
@@ -342,7 +341,6 @@ def gemv(
         gate: "none", "halves" (gate rows, then up rows) or "interleaved" (gate, up, gate, ..).
         act: as kernels/gate.py names them.
 
-    Returns what does so for x .. y alike (launcher.py), if anything.
     """
     items = y.shape[0]
     top_k = 1 if ids is None else ids.shape[1]
@@ -351,13 +349,13 @@ def gemv(
     rows = plan.rows if gate == "none" else plan.rows // 2
     assert y.shape[1] >= rows, "the last program is a whole one"
     if items == 0:
-        return None
+        return
     if act_group_size is None:
         few = n_groups == 1 or group_size >= 128
     else:
         few = x.itemsize == 2 and x.shape[1] % 128 == 0
     capped = plan.ahead and few and zero_point is None
-    again = _launch_gemv.again(
+    _launch_gemv(
         (items * -(-y.shape[1] // rows),),
         x,
         ids,
@@ -393,5 +391,3 @@ def gemv(
         **({"launch_pdl": True} if plan.pdl != "none" else {}),
         **({"maxnreg": MAX_REGISTERS} if capped else {}),
     )
-    # of tensors only the addresses are read: qdata need not be words
-    return again and (lambda x, *rest: again(x, None, None, *rest))

@@ -154,7 +154,7 @@ def _int8_hopper_kernel(
         gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-_launch_gemm = Launcher(_int8_hopper_kernel)
+_launch_gemm = Launcher(_int8_hopper_kernel, anew={"token": token_of_launch})
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

@@ -5,12 +5,17 @@ That look takes the host longer than the device takes for a product of few token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from w4tensor.recording import active
 
 __all__ = ["Launcher"]
 
@@ -30,33 +35,36 @@ class Launcher:
     always go through Triton, which has other code for them.
     """
 
-    def __init__(self, kernel: Any):
+    def __init__(self, kernel: Any, anew: dict[str, Callable[[], Any]] | None = None):
+        """anew: arguments that have to differ from launch to launch, and what gives them."""
         self._kernel = kernel
         # Triton's interpreter compiles nothing
         self._compiles = isinstance(kernel, JITFunction)
         params = kernel.params if self._compiles else []
         self._names = [p.name for p in params]
         self._free = {p.num for p in params if p.do_not_specialize}
+        self._anew = {p.num: anew[p.name] for p in params if anew and p.name in anew}
         # {what calls agree in: (machine code on that grid, values of the constexprs)}
-        self._known: dict[tuple, tuple[Any, list]] = {}
+        self._known: dict[tuple, tuple[Callable, list]] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        self._launch(grid, args, constants)
-
-    def again(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Again | None:
-        """Launch, and return what launches that code again without looking at anything.
-
-        For callers that know when arguments agree. again(*first) takes as many of the first
-        arguments as may differ. None where the code is not to be had: see above.
-        """
         known = self._launch(grid, args, constants)
-        return None if known is None else Again(known[0], args, known[1])
+        recording = active()
+        if recording is None:
+            return
+        if known is None:
+            recording.incomplete()
+        else:
+            run, constexprs = known
+            recording.launched(run, (*args, *constexprs), self._anew)
 
-    def _launch(self, grid: tuple, args: tuple, constants: dict) -> tuple[Any, list] | None:
+    def _launch(self, grid: tuple, args: tuple, constants: dict) -> tuple[Callable, list] | None:
+        """Launch -> the machine code that did so and its constexprs, if it serves calls alike."""
         if not self._compiles:
             self._kernel[grid](*args, **constants)
             return None
-        agree: list[Any] = [torch.cuda.current_device(), grid, *constants.values()]
+        device = torch.cuda.current_device()
+        agree: list[Any] = [device, grid, *constants.values()]
         addresses = 0
         for i, arg in enumerate(args):
             if isinstance(arg, Tensor):
@@ -81,19 +89,21 @@ class Launcher:
         if len(self._known) == KEPT:
             self._known.clear()
         constexprs = [constants[name] for name in self._names[len(args) :]]
-        known = self._known[key] = compiled[(*grid, 1, 1)[:3]], constexprs
+        known = self._known[key] = _runner(compiled, (*grid, 1, 1)[:3], device), constexprs
         return known
 
 
-class Again:
-    """A launch with other first arguments."""
+def _runner(compiled: CompiledKernel, grid: tuple[int, int, int], device: int) -> Callable:
+    """compiled[grid] on the current stream of `device`, without what that makes for hooks as long
+    as there are none."""
+    with_hooks, hooks = compiled[grid], knobs.runtime
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    __slots__ = ("_args", "_run")
+    def launch(*args: Any) -> None:
+        for chain in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+            if chain is not None and getattr(chain, "calls", True):
+                return with_hooks(*args)
+        stream = driver.active.get_current_stream(device)
+        run(*grid, stream, function, metadata, None, None, None, *args)
 
-    def __init__(self, run: Any, args: tuple, constexprs: list):
-        self._run = run
-        # tensors are among the first, and not kept alive
-        self._args = *(arg if isinstance(arg, int) else None for arg in args), *constexprs
-
-    def __call__(self, *first: Any) -> None:
-        self._run(*first, *self._args[len(first) :])
+    return launch
