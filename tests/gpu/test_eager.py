@@ -89,6 +89,26 @@ def test_calls_that_are_alike_give_what_the_first_one_does(cls, fields, zero, gr
 @pytest.mark.parametrize(
     "cls,fields", [(CudaCoalescedInt4Tensor, {}), (Int4ActQuantTensor, {"act_group_size": 32})]
 )
+@pytest.mark.parametrize("rows", [1, 6, 300])
+def test_products_with_stacks_and_the_operators_are_the_same(cls, fields, rows):
+    w = cls.from_hp(torch.randn(4, 192, 256).bfloat16().cuda(), 64, **fields)
+    operands = (w.qdata, w.scale, w.zero_point)
+    rest = 64, fields.get("act_group_size"), w.layout_version
+    x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    ids = torch.arange(rows, device="cuda") % 4
+    offs = torch.tensor([0, rows // 2, rows // 2, rows], device="cuda", dtype=torch.int32)
+    with torch.no_grad():
+        grouped = torch.ops.w4tensor.grouped_linear(x, *operands, offs, *rest)
+        gathered = torch.ops.w4tensor.gathered_linear(x, ids, *operands, *rest)
+        for _ in range(3):
+            torch.full((8, rows, 256), float("nan"), device="cuda")
+            assert torch.equal(torch._grouped_mm(x, w.transpose(-2, -1), offs=offs), grouped)
+            assert torch.equal(torch.bmm(w[ids], x[..., None])[..., 0], gathered)
+
+
+@pytest.mark.parametrize(
+    "cls,fields", [(CudaCoalescedInt4Tensor, {}), (Int4ActQuantTensor, {"act_group_size": 32})]
+)
 @pytest.mark.parametrize("zero", ["symmetric", "min_max"])
 @pytest.mark.parametrize("n_experts,hidden,inter", [(8, 512, 256), (3, 192, 64)])
 def test_experts_that_are_alike_give_what_the_first_ones_do(

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from w4tensor import ops
 from w4tensor.checks import check_ids
 from w4tensor.layout import has_values
 from w4tensor.tensors.packed import PackedInt4
-from w4tensor.tensors.products import as_autocast, bind
+from w4tensor.tensors.products import as_autocast, bind, eager_cuda
 
 __all__ = ["gather"]
 
@@ -191,8 +192,11 @@ def _multiply(a: Any, b: Any) -> Tensor | None:
     n_rows, m, k = x.shape
     if n_rows != w.shape[0] or k != w.stack._k:
         return None
-    y = torch.ops.w4tensor.gathered_linear(
-        as_autocast(x).reshape(-1, k),
+    rows = as_autocast(x).reshape(-1, k)
+    eager = eager_cuda(rows, None)
+    run = ops.cuda_gathered_linear if eager else torch.ops.w4tensor.gathered_linear
+    y = run(
+        rows,
         w.ids if m == 1 else w.ids.repeat_interleave(m),
         w.stack.qdata,
         w.stack.scale,

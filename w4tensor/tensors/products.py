@@ -195,8 +195,10 @@ def _f_grouped_mm(func, types, args, kwargs):
             "torch._grouped_mm takes x [T, K], int4 weights [E, N, K] under transpose(-2, -1), "
             "offs and no bias; dequantize() for other forms"
         )
-    y = torch.ops.w4tensor.grouped_linear(
-        as_autocast(x),
+    x = as_autocast(x)
+    run = ops.cuda_grouped_linear if eager_cuda(x, None) else torch.ops.w4tensor.grouped_linear
+    y = run(
+        x,
         w.qdata,
         w.scale,
         w.zero_point,
