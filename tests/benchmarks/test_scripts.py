@@ -13,6 +13,7 @@ SCRIPTS = (
     "bench_model",
     "bench_moe",
     "ceilings",
+    "fit",
     "peer_humming",
     "report",
     "rows",
