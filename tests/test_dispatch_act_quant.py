@@ -36,7 +36,6 @@ from w4tensor.dispatch_int8 import (
     int8_us,
     is_fine,
     plan_int8,
-    quantizing_overlaps,
     serves_int8,
 )
 from w4tensor.testing import DENSE_SHAPES
@@ -184,24 +183,38 @@ def test_coarse_scales_are_rounded_where_that_is_faster(n, k, act, m, kind):
         assert int8_us(p, H200) <= hopper_us(p, H200)
 
 
+# each was timed both ways
 @pytest.mark.parametrize(
     "n,k,act,m,overlap",
     [
-        (8192, 4096, 32, 64, True),
-        (8192, 8192, 32, 64, False),
-        (8192, 8192, 128, 2, False),
-        (8192, 8192, 32, 65, True),
+        # few tokens
+        (4096, 4096, 32, 4, True),
+        (4096, 14336, 32, 4, False),
+        (4096, 14336, -1, 4, True),
+        (8192, 8192, 32, 32, False),
+        (8192, 8192, -1, 32, True),
+        (4096, 14336, -1, 32, True),
+        # 128 programs on 132 multiprocessors, two of which fit on one
+        (4096, 4096, 32, 128, False),
+        (4096, 4096, 32, 192, False),
+        (2048, 4096, -1, 128, False),
+        (4096, 4096, -1, 64, False),
+        (4096, 14336, 32, 64, False),
+        # and of which one fits
+        (4096, 4096, 32, 256, True),
+        (4096, 14336, -1, 96, True),
+        # programs of int8 tiles, of which four fit: 384 and 512
+        (6144, 4096, -1, 128, False),
+        (8192, 8192, -1, 192, False),
         (8192, 8192, -1, 64, True),
-        (8192, 4096, -1, 63, True),
-        (8192, 4096, -1, 64, False),
-        (8192, 4096, -1, 256, False),
-        (8192, 4096, -1, 257, True),
-        (28672, 4096, -1, 128, True),
+        (4096, 4096, -1, 256, True),
+        # more than fit at a time
+        (28672, 4096, 32, 128, True),
+        (28672, 4096, -1, 192, True),
     ],
 )
 def test_products_that_wait_until_activations_are_quantised(n, k, act, m, overlap):
     p = Problem(m=m, n=n, k=k, group_size=128, act="int8", act_group_size=act)
-    assert quantizing_overlaps(p) is overlap
     plan = plan_act_quant(p, H200)
     assert isinstance(plan, (Int8Plan, ActQuantHopperPlan)) and plan.overlap is overlap
 

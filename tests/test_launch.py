@@ -102,8 +102,8 @@ def test_groups_of_16_are_not_hidden_by_shorter_rows(plans):
         (8, 1024, 32, dict(pdl=True, overlap=True)),
         (8, 8192, 32, dict(pdl=True, overlap=False)),
         (8, 8192, -1, dict(pdl=True, overlap=True)),
-        (40, 1024, 32, dict(pdl=True, overlap=True)),
-        (40, 8192, 32, dict(pdl=True, overlap=False)),
+        (16, 1024, 32, dict(pdl=True, overlap=True)),
+        (16, 8192, 32, dict(pdl=True, overlap=False)),
     ],
 )
 def test_activations_are_quantised_as_the_plan_says(plans, monkeypatch, m, k, group, early):

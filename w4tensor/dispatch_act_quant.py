@@ -35,7 +35,13 @@ from w4tensor.dispatch import (
     workspace_rows,
 )
 from w4tensor.dispatch_gemv import GemvPlan, plan_gemv, serves_gemv
-from w4tensor.dispatch_hopper import HopperPlan, hopper_us, plan_hopper, serves
+from w4tensor.dispatch_hopper import (
+    HopperPlan,
+    hopper_us,
+    is_placed_evenly,
+    plan_hopper,
+    serves,
+)
 from w4tensor.dispatch_int8 import (
     Int8Plan,
     int8_us,
@@ -210,7 +216,9 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
     if p.batch > 1 or not (is_fine(p) or serves_int8(p, arch)):
         return None
     if serves(p, arch) and p.m < DEQUANT_FROM_M:
-        return ActQuantHopperPlan(plan_hopper(p, arch), quantizing_overlaps(p))
+        gemm = plan_hopper(p, arch)
+        evenly = is_placed_evenly(p, gemm, arch)
+        return ActQuantHopperPlan(gemm, quantizing_overlaps(p, evenly))
     return ActQuantRoundedPlan(rows=workspace_rows(p)) if p.m >= ROUNDED_FROM_M else None
 
 

@@ -39,7 +39,15 @@ from dataclasses import dataclass
 
 from w4tensor.dispatch import HOPPER, Arch, Problem
 
-__all__ = ["TILES", "HopperPlan", "HopperTile", "hopper_us", "plan_hopper", "serves"]
+__all__ = [
+    "TILES",
+    "HopperPlan",
+    "HopperTile",
+    "hopper_us",
+    "is_placed_evenly",
+    "plan_hopper",
+    "serves",
+]
 
 SPLITS = (1, 2, 3, 4, 6, 8)
 # steps of a slice below which starting it costs more than it saves
@@ -48,6 +56,8 @@ MIN_STEPS = 3
 NO_ZERO_POINTS = (96, 128)
 # what the partial sums of a split may take
 WORKSPACE_BYTES = 32 << 20
+# of a multiprocessor, for the stages of its programs
+SHARED_BYTES = 227 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,15 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
 def hopper_us(p: Problem, arch: Arch) -> float:
     """Microseconds that plan_hopper() takes on an H200."""
     return predicted_us(p, arch.num_sms, *_best(p, arch.num_sms))
+
+
+def is_placed_evenly(p: Problem, plan: HopperPlan, arch: Arch) -> bool:
+    """Whether no multiprocessor has the memory for more of the plan's programs than its share."""
+    tiles = -(-p.n // plan.block_n) * -(-p.m // plan.block_m)
+    programs = plan.whole + (tiles - plan.whole) * plan.split_k
+    # 128 numbers of each token, 128 codes of each row
+    stage_bytes = 256 * plan.block_m + 64 * plan.block_n
+    return SHARED_BYTES // (plan.num_stages * stage_bytes) <= -(-programs // arch.num_sms)
 
 
 def _best(p: Problem, num_sms: int) -> tuple[HopperTile, int, int]:

@@ -106,6 +106,8 @@ READ_BYTES = 3.21e6
 L2_BYTES = 77.8e3
 C128 = 0.0631
 C32 = 0.493
+# tokens whose quantising programs leave those of a product room on every multiprocessor
+FEW_TO_QUANTIZE = 32
 
 
 def is_fine(p: Problem) -> bool:
@@ -116,17 +118,19 @@ def is_fine(p: Problem) -> bool:
     return min(groups, default=128) < 128
 
 
-def quantizing_overlaps(p: Problem) -> bool:
+def quantizing_overlaps(p: Problem, evenly: bool) -> bool:
     """Whether the product should start while activations are still being quantised.
 
     It then has its first weights sooner, a microsecond or less; but its programs are placed where
     the quantising ones leave room, which may be two on one multiprocessor and none on another
-    (8192 x 8192, 64 tokens, groups of 32: 34 us, not 24; per token, 6144 x 4096, 128 tokens: 18 us,
-    not 16). What is excepted is what was measured to lose by it.
+    (4096 x 4096, 128 tokens, groups of 32: 19 us, not 14; per token, 8192 x 8192, 192 tokens: 52
+    us, not 44). With many tokens it starts early only where they cannot: `evenly`, where no
+    multiprocessor has room for more of its programs than its share. Few tokens leave them room
+    everywhere; what is excepted is what was measured to lose: long K, which has more to quantise.
     """
-    if p.act_group_size == -1:
-        return not (64 <= p.m <= 256 and p.n * p.k <= 1 << 25)
-    return p.k <= 4096 or p.m > 64
+    if p.m > FEW_TO_QUANTIZE:
+        return evenly
+    return p.act_group_size == -1 or p.k <= 4096
 
 
 def serves_int8(p: Problem, arch: Arch) -> bool:
@@ -146,7 +150,9 @@ def plan_int8(p: Problem, arch: Arch) -> Int8Plan:
     """
     tile, split_k, whole = _best(p, arch.num_sms)
     shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-    return Int8Plan(*shape, split_k, whole, overlap=quantizing_overlaps(p))
+    programs = whole + (_tiles(p, tile) - whole) * split_k
+    evenly = tile.resident <= -(-programs // arch.num_sms)
+    return Int8Plan(*shape, split_k, whole, overlap=quantizing_overlaps(p, evenly))
 
 
 def int8_us(p: Problem, arch: Arch) -> float:
