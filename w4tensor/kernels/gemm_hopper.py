@@ -78,11 +78,28 @@ _COLUMNS = gl.constexpr(64)
 
 
 @gluon.jit
-def inside(acc, first, WIDTH: gl.constexpr):
-    """Offsets of acc [BN, m], whose columns begin at `first`, in a matrix [BN, WIDTH]."""
-    n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-    m = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    return n.expand_dims(1) * WIDTH + (first + m).expand_dims(0)
+def in_lines(acc):
+    """Sums [BN, BM] in the order in which a warp stores and loads whole lines: [BN * BM], of which
+    a thread has four neighbours, and a warp those of eight columns and sixteen rows."""
+    BN: gl.constexpr = acc.shape[0]
+    BM: gl.constexpr = acc.shape[1]
+    return acc.reshape(BN // 16, 2, 8, BM // 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(BN * BM)
+
+
+@gluon.jit
+def _in_columns(sums, like):
+    """What in_lines() made of `like`, or numbers in that order, as `like` is."""
+    BN: gl.constexpr = like.shape[0]
+    BM: gl.constexpr = like.shape[1]
+    out = sums.reshape(BM // 8, BN // 16, 8, 4, 2, 2).permute(1, 4, 2, 0, 3, 5).reshape(BN, BM)
+    return gl.convert_layout(out, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def store_part(ptr, acc):
+    """As add_parts() reads it."""
+    sums = in_lines(acc)
+    gl.store(ptr + gl.arange(0, sums.shape[0], sums.type.layout), sums)
 
 
 @gluon.constexpr_function
@@ -103,19 +120,20 @@ def _load_some(ptr, first, parts, PART: gl.constexpr, AT_ONCE: gl.constexpr):
 
 
 @gluon.jit
-def add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
-    """((part 0 + part 1) + ..) + acc, of as many `parts` [BN, WIDTH] at ptr."""
+def add_parts(acc, ptr, parts, PART: gl.constexpr):
+    """((part 0 + part 1) + ..) + acc, of as many `parts` at ptr, PART numbers apart."""
     if acc.shape[1] > _COLUMNS:
-        halved = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1)
+        HALF: gl.constexpr = acc.shape[1] // 2
+        halved = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1)
         left, right = halved.split()
-        left = add_parts(left, ptr, first, parts, WIDTH)
-        right = add_parts(right, ptr, first + acc.shape[1] // 2, parts, WIDTH)
+        left = add_parts(left, ptr, parts, PART)
+        right = add_parts(right, ptr + acc.shape[0] * HALF, parts, PART)
         out = gl.join(left, right).permute(0, 2, 1).reshape(acc.shape)
         return gl.convert_layout(out, acc.type.layout, assert_trivial=True)
     else:
-        PART: gl.constexpr = acc.shape[0] * WIDTH
         AT_ONCE: gl.constexpr = _at_once(PART, gl.num_warps())
-        ptr += inside(acc, first, WIDTH)
+        sums = in_lines(acc)
+        ptr += gl.arange(0, sums.shape[0], sums.type.layout)
         loaded = _load_some(ptr, 0, parts, PART, AT_ONCE)
         total = loaded[0]
         for i in gl.static_range(1, AT_ONCE):
@@ -124,7 +142,7 @@ def add_parts(acc, ptr, first, parts, WIDTH: gl.constexpr):
             loaded = _load_some(ptr, part, parts, PART, AT_ONCE)
             for i in gl.static_range(AT_ONCE):
                 total += loaded[i]
-        return total + acc
+        return _in_columns(total + sums, acc)
 
 
 @gluon.jit(do_not_specialize=["token", "M", "steps", "whole", "split_k"])
@@ -223,7 +241,7 @@ def _gemm_hopper_kernel(
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
             for i in gl.static_range(len(acc)):
-                gl.store(parts + k_slice * TILE + inside(acc[i], columns[i], BLOCK_M), acc[i])
+                store_part(parts + k_slice * TILE + columns[i] * BLOCK_N, acc[i])
             barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
             return
@@ -231,7 +249,7 @@ def _gemm_hopper_kernel(
     for i in gl.static_range(len(acc)):
         sums = acc[i]
         if part_ptr is not None:
-            sums = add_parts(sums, parts, columns[i], others, BLOCK_M)
+            sums = add_parts(sums, parts + columns[i] * BLOCK_N, others, TILE)
         _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N)
 
 

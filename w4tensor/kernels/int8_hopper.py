@@ -19,9 +19,9 @@ from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.gemm_hopper import (
     add_parts,
     await_parts,
-    inside,
     memory_of_sums,
     slice_at,
+    store_part,
     tile_at,
     token_of_launch,
 )
@@ -121,12 +121,12 @@ def _int8_hopper_kernel(
         first = (tile - whole) * others
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
-            gl.store(parts + k_slice * TILE + inside(acc, 0, BLOCK_M), acc)
+            store_part(parts + k_slice * TILE, acc)
             barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
             return
         await_parts(flag_ptr + first, others, token)
-        acc = add_parts(acc, parts, 0, others, BLOCK_M)
+        acc = add_parts(acc, parts, others, TILE)
 
     y = acc * (1.0 / UNIT)
     if zero_ptr is not None and GROUP == 0:
