@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ceilings, timing
-from benchmarks.tune import CHECKED_ROWS, DTYPE, WORKERS
+from benchmarks.tune import CHECKED_ROWS, WORKERS
 from w4tensor import arch, dispatch_int8, launch
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch, Problem
 from w4tensor.dispatch_act_quant import (
@@ -49,6 +49,7 @@ from w4tensor.layout import ACT_QUANT
 from w4tensor.testing import Int4Codes, random_codes, rel_err
 
 FIELDS = "n k group_size zero act m us product_us quant_us read_us bf16_us rel_err plan".split()
+DTYPE = torch.bfloat16
 KERNELS = {
     ActQuantDp4aPlan: act_quant_dp4a,
     ActQuantDecodePlan: act_quant_decode,

@@ -16,17 +16,11 @@ and AFTER if some tiles are not cut. Nor is it less than the time of reading the
 READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The tile and the split with
 the least predicted time are taken.
 
-The constants are fitted to benchmarks/results/tune.csv and to earlier rows of the same day, scaled
-to it: 22 shapes, 8 to 1024 tokens, each point's plans in one run on an H200. Large tiles ran up to
-15 % slower in some runs than in others, and bf16 as fast: from 128 tokens on, a plan that was
-chosen before the fit kept its place unless another gained 3 %. Rows of more than two slices that
-are older than sums awaited at once were taken as 0.35 us faster for each slice beyond two. What was
-scaled is not in that file. benchmarks/fit.py fits to that file alone and starts at what stands
-here.
-
-At 293 points of that file that have its choice, the choice takes 1.000 times the best measured plan
-in the middle, 1.095 at 95 % and at most 1.153. Without one shape, 22 times, what benchmarks/fit.py
-fits takes 1.000, 1.106 and 1.320 on that shape, at the 269 of 276 points that have its choice.
+The constants are what `python -m benchmarks.fit` makes of benchmarks/results/tune.csv: 22 shapes, 3
+to 2048 tokens, each point's tiles timed in turn in one run on an H200, those of 7 slices and more
+in a second one. At 303 of 304 points the choice takes 1.000 times the best measured plan in the
+middle, 1.058 at 95 % and at most 1.153. Without one shape, 22 times, the fit takes 1.000, 1.090 and
+1.334 on that shape, at the 297 of 304 points that have its choice.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where, and
 `python -m benchmarks.fit --leave-out` on shapes that are left out.
@@ -49,7 +43,7 @@ __all__ = [
     "serves",
 ]
 
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 12)
 # steps of a slice below which starting it costs more than it saves
 MIN_STEPS = 3
 # rows and columns of sums that leave no registers for zero points (tests/kernels/lowering)
@@ -112,43 +106,43 @@ class HopperTile:
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.384, shared=0.158),
-    HopperTile(8, 128, 4, 4, resident=3, alone=0.540, shared=0.193),
-    HopperTile(16, 64, 4, 4, resident=5, alone=0.283, shared=0.176),
-    HopperTile(16, 128, 4, 4, resident=3, alone=0.401, shared=0.332),
-    HopperTile(32, 64, 4, 4, resident=4, alone=0.299, shared=0.191),
-    HopperTile(32, 128, 4, 4, resident=2, alone=0.677, shared=0.338),
-    HopperTile(64, 64, 4, 4, resident=2, alone=0.327, shared=0.266),
-    HopperTile(64, 128, 4, 4, resident=2, alone=0.483, shared=0.456),
-    HopperTile(96, 64, 4, 4, resident=1, alone=0.444, shared=0.444),
-    HopperTile(96, 64, 4, 3, resident=2, alone=0.660, shared=0.304),
-    HopperTile(96, 128, 4, 3, resident=2, alone=0.894, shared=0.592),
-    HopperTile(128, 64, 4, 3, resident=2, alone=0.700, shared=0.350),
-    HopperTile(128, 64, 4, 4, resident=1, alone=0.449, shared=0.449),
-    HopperTile(128, 128, 8, 3, resident=1, alone=0.736, shared=0.736),
-    HopperTile(192, 64, 4, 2, resident=2, alone=1.103, shared=0.485),
-    HopperTile(192, 64, 4, 3, resident=1, alone=0.614, shared=0.614),
-    HopperTile(256, 128, 8, 3, resident=1, alone=1.291, shared=1.291),
+    HopperTile(8, 64, 4, 4, resident=5, alone=0.416, shared=0.187),
+    HopperTile(8, 128, 4, 4, resident=3, alone=0.652, shared=0.250),
+    HopperTile(16, 64, 4, 4, resident=5, alone=0.295, shared=0.182),
+    HopperTile(16, 128, 4, 4, resident=3, alone=0.447, shared=0.336),
+    HopperTile(32, 64, 4, 4, resident=4, alone=0.318, shared=0.220),
+    HopperTile(32, 128, 4, 4, resident=2, alone=0.644, shared=0.321),
+    HopperTile(64, 64, 4, 4, resident=2, alone=0.344, shared=0.282),
+    HopperTile(64, 128, 4, 4, resident=2, alone=0.542, shared=0.462),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.446, shared=0.446),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.696, shared=0.296),
+    HopperTile(96, 128, 4, 3, resident=2, alone=1.194, shared=0.572),
+    HopperTile(128, 64, 4, 3, resident=2, alone=0.724, shared=0.339),
+    HopperTile(128, 64, 4, 4, resident=1, alone=0.474, shared=0.474),
+    HopperTile(128, 128, 8, 3, resident=1, alone=0.790, shared=0.790),
+    HopperTile(192, 64, 4, 2, resident=2, alone=1.156, shared=0.485),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.635, shared=0.635),
+    HopperTile(256, 128, 8, 3, resident=1, alone=1.354, shared=1.354),
     # 16 tokens, us: 6144 x 4096 7.8 by 4 slices, pipelined 8.9; 8192 x 28672 43 by 8, 49 by 2; but
     # (in earlier runs) 28672 x 4096 25 whole, 23. The last: 12352 x 2048, 256 tokens, 20, 26
-    HopperTile(16, 64, 4, 4, 6, alone=0.311, shared=0.145, pipelined=False, coarse_slices=4),
-    HopperTile(16, 128, 4, 3, 4, alone=0.376, shared=0.260, pipelined=False, coarse_slices=4),
-    HopperTile(32, 128, 4, 4, 3, alone=0.869, shared=0.290, pipelined=False, coarse_slices=4),
-    HopperTile(64, 128, 4, 3, 3, alone=1.152, shared=0.442, pipelined=False, coarse_slices=4),
-    HopperTile(128, 64, 4, 2, 3, alone=1.036, shared=0.388, pipelined=False),
+    HopperTile(16, 64, 4, 4, 6, alone=0.396, shared=0.160, pipelined=False, coarse_slices=4),
+    HopperTile(16, 128, 4, 3, 4, alone=0.479, shared=0.298, pipelined=False, coarse_slices=4),
+    HopperTile(32, 128, 4, 4, 3, alone=0.772, shared=0.288, pipelined=False, coarse_slices=4),
+    HopperTile(64, 128, 4, 3, 3, alone=1.155, shared=0.440, pipelined=False, coarse_slices=4),
+    HopperTile(128, 64, 4, 2, 3, alone=1.145, shared=0.356, pipelined=False),
 )
-FILL = 3.577
-ADD_SLICE = 0.293
-ADD_PART = 1.649
-AFTER = 5.239
+FILL = 3.153
+ADD_SLICE = 0.229
+ADD_PART = 0.959
+AFTER = 1.180
 # a us; of L2, a us and a multiprocessor
 READ_BYTES = 4.366e6
 READ_FINE_BYTES = 3.807e6
-L2_BYTES = 89.61e3
+L2_BYTES = 99.655e3
 # what scales finer than a step add to `alone` and to `shared`, and to both in large tiles
-FINE_ALONE = 0.166
-FINE_SHARED = 0.008
-FINE_LARGE = 0.066
+FINE_ALONE = 0.180
+FINE_SHARED = 0.020
+FINE_LARGE = 0.085
 LARGE_M = 96
 # tokens from which the next kernel's early programs never crowd out this one's, and weights
 PDL_MIN_M = 32

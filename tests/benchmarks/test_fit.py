@@ -107,7 +107,7 @@ def test_a_fit_finds_what_the_rows_were_made_of(points):
     t = Table({p: by_the_rule(p) for p in points})
     np.testing.assert_array_equal(fit.losses(t, Constants.present()), 1)
     start = disturbed(Constants.present())
-    fitted = fit.fit(t, start, steps=150)
+    fitted = fit.fit(t, start, steps=200)
     before, after = fit.losses(t, start), fit.losses(t, fitted)
     assert before.mean() > 1.05 and after.mean() < 1.01
     before, after = (abs(np.log(fit.predicted_us(t, c) / t.us)).mean() for c in (start, fitted))

@@ -18,6 +18,8 @@ SCRIPTS = (
     "report",
     "rows",
     "tune",
+    "tune_act_quant",
+    "tune_moe",
 )
 
 
