@@ -233,7 +233,8 @@ def _digits(value: float) -> str:
     for unit, zeros in ((1e6, "e6"), (1e3, "e3")):
         if value >= unit:
             return f"{value / unit:.3f}{zeros}"
-    return f"{value:.3f}"
+    # three decimals, and more where they would be less than two digits
+    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
 def rounded(constants: Constants) -> Constants:

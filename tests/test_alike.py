@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -11,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import w4tensor.kernels
 from tests.machine import Machine
 from w4tensor import alike, arch, launch, ops
 from w4tensor.dispatch import Arch
 from w4tensor.errors import PackingError, Unsupported
+from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
 from w4tensor.testing import random_codes
 
@@ -179,6 +184,86 @@ def test_a_second_call_launches_what_a_first_one_does(hopper, lists):
 
 def tokens_of(launches: list[list]) -> list[int]:
     return [arg for args in launches for arg in args if type(arg) is int and arg >> 61]
+
+
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+@pytest.mark.parametrize("what", ["linear", "grouped", "gathered", "experts"])
+def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
+    layout = COALESCED if act_group_size is None else ACT_QUANT
+    rest = 64, act_group_size, LAYOUT_VERSION
+    x = torch.zeros(rows, 256, dtype=torch.bfloat16)
+
+    def stack(*sizes: int) -> tuple:
+        codes = random_codes(*sizes, group_size=64)
+        return layout.pack(codes.q), codes.scale, None
+
+    if what == "linear":
+        ops.cuda_linear(x, *stack(128, 256), None, *rest)
+    elif what == "grouped":
+        offs = torch.zeros(8, dtype=torch.int32)
+        ops.cuda_grouped_linear(x, *stack(8, 128, 256), offs, *rest)
+    elif what == "gathered":
+        ids = torch.zeros(rows, dtype=torch.int64)
+        ops.cuda_gathered_linear(x, ids, *stack(8, 128, 256), *rest)
+    else:
+        ids, weight = torch.zeros(rows, 2, dtype=torch.int64), torch.ones(rows, 2)
+        stacks = *stack(8, 256, 256), None, *stack(8, 256, 128), None
+        ops.cuda_experts(x, ids, weight, *stacks, 64, *rest[:2], "halves", "silu", 1)
+    assert len(alike._known) == 1 and None not in alike._known.values()
+
+
+def test_every_launch_has_a_token_of_its_own():
+    """Sums of slices are told from those of earlier launches by it."""
+    package = w4tensor.kernels
+    modules = [
+        importlib.import_module(m.name)
+        for m in pkgutil.iter_modules(package.__path__, package.__name__ + ".")
+    ]
+    launchers = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Launcher)}
+    with_token = [v for v in launchers.values() if "token" in v._names]
+    assert len(with_token) == 2
+    for launcher in with_token:
+        assert list(launcher._anew) == [launcher._names.index("token")]
+
+
+def test_another_thread_may_forget_what_is_known(hopper, monkeypatch):
+    codes = random_codes(64, 256, group_size=128)
+    x = torch.zeros(1, 256, dtype=codes.scale.dtype)
+    operands = x, COALESCED.pack(codes.q), codes.scale, None, None, 128, None, LAYOUT_VERSION
+
+    class Forgetful(dict):
+        def __contains__(self, kind):
+            known = super().__contains__(kind)
+            self.clear()
+            return known
+
+    monkeypatch.setattr(alike, "_known", Forgetful())
+    for _ in range(3):
+        assert ops.cuda_linear(*operands).shape == (1, 64)
+
+
+def test_one_thread_records_at_a_time(hopper):
+    """torch keeps whether there is a dispatch mode in flags of the process."""
+    together = threading.Barrier(2, timeout=0.5)
+    alone = []
+
+    def run(x):
+        try:
+            together.wait()
+            alone.append(False)
+        except threading.BrokenBarrierError:
+            alone.append(True)
+        return x
+
+    threads = [
+        threading.Thread(target=alike.call, args=(run, (torch.zeros(n),), ())) for n in (4, 8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone == [True, True]
 
 
 def test_tensors_of_another_device_are_not_remembered(hopper):

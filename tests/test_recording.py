@@ -6,6 +6,7 @@ import itertools
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -213,6 +214,67 @@ def test_memory_is_let_go_after_its_last_launch(machine, monkeypatch):
         knobs.runtime.launch_enter_hook.remove(count)
     assert seen == [1, 2, 2] and count() is None and seen[-1] == 1
     assert y is not None
+
+
+def test_a_recorded_call_lets_memory_go_when_it_does(machine):
+    alive = []
+
+    def call(x):
+        for _ in range(3):
+            between = memory()
+            alive.append(weakref.ref(between.untyped_storage()))
+            add((1,), x, between, 5, N=SIZE)
+            # which keeps what it was given
+            machine.launches.clear()
+            del between
+            assert not any(ref() is not None for ref in alive)
+        return two_launches(x)
+
+    assert record(call, torch.zeros(SIZE)) is not None
+
+
+def test_where_memory_has_gone_others_may_lie(machine):
+    """An address is that of what lives there when it is launched."""
+    place = np.zeros(SIZE, np.float32)
+    x = torch.zeros(SIZE)
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(torch.empty(*args, **kwargs))
+        return made[-1]
+
+    with Recording((x,)) as recording:
+        for number in range(3):
+            # in the place of the one before, whose storage is gone
+            y = torch.from_numpy(place)
+            recording._made(y, make)
+            add((1,), x, y, number, N=SIZE)
+            # which keeps what it was given
+            machine.launches.clear()
+            if number < 2:
+                del y
+    replay = recording.replay(y)
+    assert replay is not None
+    result = replay(x)
+    wrote = [args[1] for *_, args in machine.launches]
+    assert wrote == [t.data_ptr() for t in made] and len(made) == 3
+    assert result is made[-1]
+
+
+def test_the_result_has_the_shape_that_was_returned(machine):
+    def call(x):
+        return two_launches(x).view(4, 16)
+
+    replay = record(call, torch.zeros(SIZE))
+    assert replay is not None and replay(torch.zeros(SIZE)).shape == (4, 16)
+
+
+@pytest.mark.parametrize("call", [two_launches, values_are_copied, values_are_made])
+def test_inference_mode_sees_through_no_copy(machine, call):
+    """There, operators that may copy are not taken apart: contiguous() is said to give a view."""
+    with torch.inference_mode():
+        replay = record(call, torch.zeros(SIZE))
+    assert (replay is not None) is (call is two_launches)
 
 
 def test_what_was_zero_is_zero(machine):

@@ -5,6 +5,7 @@ Checks, a plan and a launch's arguments cost the host more than decoding a token
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ __all__ = ["call"]
 KEPT = 4096
 # {_kind: what such a call launches, or None if that is not to be had}
 _known: dict[tuple, Replay | None] = {}
+# torch's dispatch modes keep flags for the whole process, which two threads' modes would mix up
+_recording = threading.Lock()
+_NEW: Any = object()
 
 
 def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: tuple) -> Tensor:
@@ -29,10 +33,11 @@ def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: t
     kind = _kind(run, tensors, rest)
     if kind is None or active() is not None:
         return run(*tensors, *rest)
-    if kind in _known:
-        replay = _known[kind]
+    # another thread may clear what is known at any time
+    replay = _known.get(kind, _NEW)
+    if replay is not _NEW:
         return run(*tensors, *rest) if replay is None else replay(*tensors)
-    with Recording(tensors) as recording:
+    with _recording, Recording(tensors) as recording:
         y = run(*tensors, *rest)
     if len(_known) >= KEPT:
         _known.clear()
@@ -41,8 +46,9 @@ def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: t
 
 
 def _kind(run: Callable, tensors: tuple[Tensor | None, ...], rest: tuple) -> tuple | None:
-    """All that checks, plans and launches look at; None for operands that need a copy, another
-    device or other machine code."""
+    """What checks, plans and launches look at; None for operands that need a copy, another device
+    or other machine code. Strides of dimensions of size 1 are left out: where they have x copied,
+    the kind is remembered as one that is not launched again."""
     device = torch.cuda.current_device()
     kind: list[Any] = [run, device, *rest]
     addresses = 0

@@ -171,11 +171,13 @@ def gathered_linear(x: Tensor, ids: Tensor, stack: Stack, plan: FewPlan | RowsPl
     """x [S, K] and ids [S] -> W[ids[s]] @ x[s], [S, N], without copying W; sentinels give zeros."""
     n_experts, n = stack.scale.shape[:2]
     ids = ids.contiguous()
-    y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if isinstance(plan, FewPlan):
+        y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
         return _pairs(x, ids.view(-1, 1), stack, y, plan)
+    # rows that chose no expert are in no tile
+    y = torch.zeros(x.shape[0], n, dtype=x.dtype, device=x.device)
     rows = Rows(*route(ids, n_experts, plan.block_m))
-    return _grouped(x, rows, stack, y.zero_(), plan, x_div=1, scatter=True)
+    return _grouped(x, rows, stack, y, plan, x_div=1, scatter=True)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ launches with the addresses of other inputs, and of memory made anew, are the sa
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +31,19 @@ def active() -> Recording | None:
     return getattr(_thread, "recording", None)
 
 
-class _Span(NamedTuple):
-    """Bytes `first` .. `first + size - 1` of the device's memory."""
+class _Memory(NamedTuple):
+    """Bytes `first` .. `first + size - 1` of the device's memory, of a storage that lives as long
+    as `storage()` is not None: when it is gone, others may lie there."""
 
     first: int
     size: int
+    storage: Callable[[], Any]
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> _Memory:
+        if t is None:
+            return cls(0, 0, lambda: None)
+        return cls(t.data_ptr(), t.nbytes, weakref.ref(t.untyped_storage()))
 
 
 class _Step(NamedTuple):
@@ -72,10 +81,11 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor | None]):
         super().__init__()
-        self._inputs = inputs
-        self._steps: list[tuple[Callable, Sequence[Any], Mapping[int, Callable]]] = []
-        # kept, so that no two have an address; with how it is made
-        self._made: list[tuple[Tensor, Callable[..., Tensor]]] = []
+        # of the inputs and then of what was made
+        self._memory = [_Memory.of(t) for t in inputs]
+        # how that was made which is not an input
+        self._makers: dict[int, tuple[Callable[..., Tensor], _Like]] = {}
+        self._steps: list[_Step] = []
         self._complete = True
 
     def __enter__(self) -> Recording:
@@ -90,16 +100,25 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in _EMPTY:
-            self._made.append((out, torch.empty))
+            self._made(out, torch.empty)
         elif func in _ZEROS:
-            self._made.append((out, torch.zeros))
+            self._made(out, torch.zeros)
         elif func._schema.is_mutable or not all(r.alias_info for r in func._schema.returns):
+            # what may be a view or a copy, as aten.contiguous, passes: a copy's address is nobody's
             self._complete = False
         return out
 
+    def _made(self, t: Tensor, make: Callable[..., Tensor]) -> None:
+        self._makers[len(self._memory)] = make, _like(t)
+        self._memory.append(_Memory.of(t))
+
     def launched(self, run: Callable, args: Sequence[Any], anew: Mapping[int, Callable]) -> None:
         """run(*args) was called; anew: arguments that each launch has to have of its own."""
-        self._steps.append((run, args, anew))
+        step = _step(self._memory, run, args, anew)
+        if step is None:
+            self._complete = False
+        else:
+            self._steps.append(step)
 
     def incomplete(self) -> None:
         """There was a launch that cannot be made again."""
@@ -107,37 +126,43 @@ class Recording(TorchDispatchMode):
 
     def replay(self, y: Tensor) -> Replay | None:
         """What gives y from other inputs like these, if anything. y was made while recording."""
-        spans = [_Span(0, 0) if t is None else _Span(t.data_ptr(), t.nbytes) for t in self._inputs]
-        makers: dict[int, Callable[[], Tensor]] = {}
-        result = -1
-        for t, make in self._made:
-            memory, span = len(spans), _Span(t.data_ptr(), t.nbytes)
-            if span == (y.data_ptr(), y.nbytes) and y.is_contiguous():
-                result, t = memory, y
-            makers[memory] = _maker(make, t)
-            spans.append(span)
-        steps = [step for step in (_step(spans, *step) for step in self._steps) if step is not None]
-        if not self._complete or len(steps) < len(self._steps):
+        if not self._complete or not y.is_contiguous():
             return None
-        _share_out(makers, steps, result)
-        if not any(memory == result for step in steps for memory, _ in step.made):
+        here = [i for i in self._makers if self._memory[i][:2] == (y.data_ptr(), y.nbytes)]
+        result = next((i for i in here if self._memory[i].storage() is not None), -1)
+        makers = {i: _maker(make, like) for i, (make, like) in self._makers.items()}
+        if result >= 0:
+            makers[result] = _maker(self._makers[result][0], _like(y))
+        _share_out(makers, self._steps, result)
+        if not any(memory == result for step in self._steps for memory, _ in step.made):
             return None
-        return Replay(steps, len(makers), result)
+        return Replay(self._steps, len(makers), result)
 
 
-def _maker(make: Callable[..., Tensor], like: Tensor) -> Callable[[], Tensor]:
-    shape, told = tuple(like.shape), dict(dtype=like.dtype, device=like.device)
+_Like = tuple[tuple[int, ...], dict[str, Any]]
+
+
+def _like(t: Tensor) -> _Like:
+    return tuple(t.shape), dict(dtype=t.dtype, device=t.device)
+
+
+def _maker(make: Callable[..., Tensor], like: _Like) -> Callable[[], Tensor]:
+    shape, told = like
     return lambda: make(shape, **told)
 
 
-def _find(spans: list[_Span], address: int) -> tuple[int, int] | None:
-    """(memory, offset) of an address that lies in one of them, and in no other."""
-    found = [(i, address - s.first) for i, s in enumerate(spans) if 0 <= address - s.first < s.size]
+def _find(memory: list[_Memory], address: int) -> tuple[int, int] | None:
+    """(which memory, offset) of an address that lies in one that lives, and in no other."""
+    found = [
+        (i, address - m.first)
+        for i, m in enumerate(memory)
+        if 0 <= address - m.first < m.size and m.storage() is not None
+    ]
     return found[0] if len(found) == 1 else None
 
 
 def _step(
-    spans: list[_Span], run: Callable, args: Sequence[Any], anew: Mapping[int, Callable]
+    memory: list[_Memory], run: Callable, args: Sequence[Any], anew: Mapping[int, Callable]
 ) -> _Step | None:
     """The launch run(*args), or None if an address is not to be found."""
     step = _Step(run, list(args), [], [], list(anew.items()), [], [])
@@ -145,7 +170,7 @@ def _step(
         base = getattr(arg, "base", arg)
         if not isinstance(base, Tensor):
             continue
-        at = _find(spans, base.data_ptr())
+        at = _find(memory, base.data_ptr())
         if at is None:
             return None
         if base is arg:

@@ -157,3 +157,8 @@ def test_choices_without_a_row_are_counted_apart():
     text = fit.summary(np.array([1.2, np.nan, 1.0, 1.0, np.nan]))
     assert text.startswith("1.000 median, 1.200 at 95 %, 1.200 at most, 3 choices measured and 2")
     assert fit.summary(np.array([np.nan])) == "none of 1 choices measured"
+
+
+@pytest.mark.parametrize("value", [3.2e-4, 0.0442, 1.354, 227.0, 99.655e3, 4.366e6])
+def test_constants_are_written_with_digits(value):
+    assert abs(float(fit._digits(value)) / value - 1) < 0.02

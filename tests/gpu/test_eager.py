@@ -1,4 +1,4 @@
-"""F.linear in eager mode skips the dispatcher only where nobody else is waiting for the product."""
+"""Eager products skip the dispatcher only where nobody else is waiting for them."""
 
 from __future__ import annotations
 

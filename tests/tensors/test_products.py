@@ -25,6 +25,7 @@ from tests.weights import (
 )
 from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
+from w4tensor.tensors.products import is_followed
 
 aten = torch.ops.aten
 MODES = {
@@ -606,3 +607,16 @@ def test_experts_one_by_one_batched_and_grouped_agree(cls):
     assert torch.equal(one, batched) and torch.equal(one, grouped)
     expected = torch.einsum("tk,tnk->tn", x.double(), case.dense()[ids])
     assert torch.equal(one.double(), expected)
+
+
+def test_who_follows_a_tensor():
+    """Then an eager product goes through the dispatcher, on CUDA."""
+    x = torch.zeros(3)
+    assert not is_followed(x)
+    x.requires_grad_()
+    assert is_followed(x)
+    with torch.no_grad():
+        assert not is_followed(x)
+    seen = []
+    torch.func.vmap(lambda t: seen.append(is_followed(t)) or t)(torch.zeros(2, 3))
+    assert seen == [True]

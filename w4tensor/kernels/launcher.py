@@ -86,7 +86,7 @@ class Launcher:
         compiled = self._kernel[grid](*args, **constants)
         if addresses % 16 or not isinstance(compiled, CompiledKernel):
             return None
-        if len(self._known) == KEPT:
+        if len(self._known) >= KEPT:
             self._known.clear()
         constexprs = [constants[name] for name in self._names[len(args) :]]
         known = self._known[key] = _runner(compiled, (*grid, 1, 1)[:3], device), constexprs

@@ -65,7 +65,8 @@ def experts(
             "the fused experts block has no gradient, and x or weight requires one; use the "
             "model's own experts implementation to train, or torch.no_grad()"
         )
-    run = ops.cuda_experts if eager_cuda(x, weight) else torch.ops.w4tensor.experts
+    eager = eager_cuda(x, ids, weight)
+    run = ops.cuda_experts if eager else torch.ops.w4tensor.experts
     y = run(
         x,
         ids,

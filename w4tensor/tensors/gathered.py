@@ -193,7 +193,7 @@ def _multiply(a: Any, b: Any) -> Tensor | None:
     if n_rows != w.shape[0] or k != w.stack._k:
         return None
     rows = as_autocast(x).reshape(-1, k)
-    eager = eager_cuda(rows, None)
+    eager = eager_cuda(rows, w.ids)
     run = ops.cuda_gathered_linear if eager else torch.ops.w4tensor.gathered_linear
     y = run(
         rows,

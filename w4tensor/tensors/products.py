@@ -48,7 +48,7 @@ def as_autocast(x: Tensor) -> Tensor:
     return x
 
 
-def eager_cuda(x: Tensor, other: Tensor | None) -> bool:
+def eager_cuda(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nobody but the kernel waits for this product: no trace, no gradient, no mode.
 
     The dispatcher and the autograd wrapper of an operator in Python take 15 us a call.
@@ -57,13 +57,16 @@ def eager_cuda(x: Tensor, other: Tensor | None) -> bool:
         type(x) is Tensor
         and x.is_cuda
         and not torch.compiler.is_compiling()
-        and not (
-            torch.is_grad_enabled()
-            and (x.requires_grad or (other is not None and other.requires_grad))
-        )
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not any(is_followed(t) for t in (x, *others) if t is not None)
     )
+
+
+def is_followed(t: Tensor) -> bool:
+    """Whether autograd or a transform of torch.func has to see what is done with t."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return True
+    return t.requires_grad and torch.is_grad_enabled()
 
 
 def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
@@ -196,7 +199,8 @@ def _f_grouped_mm(func, types, args, kwargs):
             "offs and no bias; dequantize() for other forms"
         )
     x = as_autocast(x)
-    run = ops.cuda_grouped_linear if eager_cuda(x, None) else torch.ops.w4tensor.grouped_linear
+    eager = eager_cuda(x, rest["offs"])
+    run = ops.cuda_grouped_linear if eager else torch.ops.w4tensor.grouped_linear
     y = run(
         x,
         w.qdata,
