@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import w4tensor.kernels
@@ -186,10 +187,8 @@ def tokens_of(launches: list[list]) -> list[int]:
     return [arg for args in launches for arg in args if type(arg) is int and arg >> 61]
 
 
-@pytest.mark.parametrize("act_group_size", [None, 32, -1])
-@pytest.mark.parametrize("rows", [1, 5, 40, 300])
-@pytest.mark.parametrize("what", ["linear", "grouped", "gathered", "experts"])
-def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
+def problem(what: str, rows: int, act_group_size: int | None) -> tuple:
+    """One of the operators, and operands."""
     layout = COALESCED if act_group_size is None else ACT_QUANT
     rest = 64, act_group_size, LAYOUT_VERSION
     x = torch.zeros(rows, 256, dtype=torch.bfloat16)
@@ -199,17 +198,24 @@ def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
         return layout.pack(codes.q), codes.scale, None
 
     if what == "linear":
-        ops.cuda_linear(x, *stack(128, 256), None, *rest)
-    elif what == "grouped":
+        return ops.cuda_linear, (x, *stack(128, 256), None, *rest)
+    if what == "grouped":
         offs = torch.zeros(8, dtype=torch.int32)
-        ops.cuda_grouped_linear(x, *stack(8, 128, 256), offs, *rest)
-    elif what == "gathered":
+        return ops.cuda_grouped_linear, (x, *stack(8, 128, 256), offs, *rest)
+    if what == "gathered":
         ids = torch.zeros(rows, dtype=torch.int64)
-        ops.cuda_gathered_linear(x, ids, *stack(8, 128, 256), *rest)
-    else:
-        ids, weight = torch.zeros(rows, 2, dtype=torch.int64), torch.ones(rows, 2)
-        stacks = *stack(8, 256, 256), None, *stack(8, 256, 128), None
-        ops.cuda_experts(x, ids, weight, *stacks, 64, *rest[:2], "halves", "silu", 1)
+        return ops.cuda_gathered_linear, (x, ids, *stack(8, 128, 256), *rest)
+    ids, weight = torch.zeros(rows, 2, dtype=torch.int64), torch.ones(rows, 2)
+    stacks = *stack(8, 256, 256), None, *stack(8, 256, 128), None
+    return ops.cuda_experts, (x, ids, weight, *stacks, 64, *rest[:2], "halves", "silu", 1)
+
+
+@pytest.mark.parametrize("act_group_size", [None, 32, -1])
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+@pytest.mark.parametrize("what", ["linear", "grouped", "gathered", "experts"])
+def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
+    run, operands = problem(what, rows, act_group_size)
+    run(*operands)
     assert len(alike._known) == 1 and None not in alike._known.values()
 
 
@@ -243,27 +249,61 @@ def test_another_thread_may_forget_what_is_known(hopper, monkeypatch):
         assert ops.cuda_linear(*operands).shape == (1, 64)
 
 
-def test_one_thread_records_at_a_time(hopper):
+def test_one_thread_records_and_none_waits(hopper):
     """torch keeps whether there is a dispatch mode in flags of the process."""
-    together = threading.Barrier(2, timeout=0.5)
-    alone = []
+    begun, entered, left = (threading.Event() for _ in range(3))
 
-    def run(x):
-        try:
-            together.wait()
-            alone.append(False)
-        except threading.BrokenBarrierError:
-            alone.append(True)
-        return x
+    def outer(x):
+        begun.set()
+        assert entered.wait(60)
+        return x.clone()
 
-    threads = [
-        threading.Thread(target=alike.call, args=(run, (torch.zeros(n),), ())) for n in (4, 8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert alone == [True, True]
+    def inner(x):
+        entered.set()
+        # modes that overlap and do not nest would leave flags behind
+        assert left.wait(60)
+        return x.clone()
+
+    def begin():
+        alike.call(outer, (torch.zeros(4),), ())
+        left.set()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    assert begun.wait(60)
+    alike.call(inner, (torch.zeros(8),), ())
+    thread.join()
+    assert len(alike._known) == 1
+    assert not _python_dispatch._is_in_torch_dispatch_mode
+    alike.call(inner, (torch.zeros(8),), ())
+    assert len(alike._known) == 2
+
+
+def test_a_call_within_a_call_is_a_part_of_it(hopper):
+    run, operands = problem("linear", 1, None)
+    run(*operands)
+
+    def twice(x, *rest):
+        run(x, *rest)
+        return run(x, *rest)
+
+    def both(*operands):
+        return alike.call(twice, operands[:5], operands[5:])
+
+    first, again = (launched(hopper, both, operands) for _ in range(2))
+    assert len(alike._known) == 2 and None not in alike._known.values()
+    assert named(again, first, operands) == named(first, first, operands)
+
+
+def test_a_call_that_fails_is_followed_by_others(hopper):
+    def fail(x):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        alike.call(fail, (torch.zeros(4),), ())
+    run, operands = problem("linear", 1, None)
+    run(*operands)
+    assert len(alike._known) == 1 and None not in alike._known.values()
 
 
 def test_tensors_of_another_device_are_not_remembered(hopper):

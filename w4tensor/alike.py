@@ -31,14 +31,21 @@ def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: t
     Nothing that is wrong is launched: what run() refused is not remembered.
     """
     kind = _kind(run, tensors, rest)
+    # a call within a recorded one is a part of it
     if kind is None or active() is not None:
         return run(*tensors, *rest)
     # another thread may clear what is known at any time
     replay = _known.get(kind, _NEW)
     if replay is not _NEW:
         return run(*tensors, *rest) if replay is None else replay(*tensors)
-    with _recording, Recording(tensors) as recording:
-        y = run(*tensors, *rest)
+    # nobody waits, which may be for a compiler: a later call is recorded as well
+    if not _recording.acquire(blocking=False):
+        return run(*tensors, *rest)
+    try:
+        with Recording(tensors) as recording:
+            y = run(*tensors, *rest)
+    finally:
+        _recording.release()
     if len(_known) >= KEPT:
         _known.clear()
     _known[kind] = recording.replay(y)
