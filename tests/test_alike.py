@@ -219,6 +219,20 @@ def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
     assert len(alike._known) == 1 and None not in alike._known.values()
 
 
+@pytest.mark.parametrize("what", ["linear", "gathered", "experts"])
+def test_strides_of_one_row_do_not_matter(hopper, what):
+    run, (x, *rest) = problem(what, 1, None)
+    first = launched(hopper, run, (x, *rest))
+    alike._known.clear()
+    # contiguous all the same
+    odd = torch.zeros(x.shape[1], 1, dtype=x.dtype).mT
+    assert odd.is_contiguous() and odd.stride() != x.stride()
+    for operands in ((odd, *rest), (x, *rest), (odd, *rest)):
+        launches = launched(hopper, run, operands)
+        assert named(launches, first, operands) == named(first, first, (x, *rest))
+    assert len(alike._known) == 1 and None not in alike._known.values()
+
+
 def test_every_launch_has_a_token_of_its_own():
     """Sums of slices are told from those of earlier launches by it."""
     package = w4tensor.kernels

@@ -42,6 +42,8 @@ def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: t
     if not _recording.acquire(blocking=False):
         return run(*tensors, *rest)
     try:
+        # with the strides of new tensors: a kind does not tell those of dimensions of size 1
+        tensors = tuple(None if t is None else t.view(-1).view(t.shape) for t in tensors)
         with Recording(tensors) as recording:
             y = run(*tensors, *rest)
     finally:
@@ -53,9 +55,12 @@ def call(run: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], rest: t
 
 
 def _kind(run: Callable, tensors: tuple[Tensor | None, ...], rest: tuple) -> tuple | None:
-    """What checks, plans and launches look at; None for operands that need a copy, another device
-    or other machine code. Strides of dimensions of size 1 are left out: where they have x copied,
-    the kind is remembered as one that is not launched again."""
+    """All that checks, plans and launches look at; None for operands that need a copy, another
+    device or other machine code.
+
+    But for strides of dimensions of size 1, which may be any in a contiguous tensor: call() hides
+    them from what it records.
+    """
     device = torch.cuda.current_device()
     kind: list[Any] = [run, device, *rest]
     addresses = 0
