@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from tests.test_reference import round_activations
 from tests.weights import (
@@ -23,9 +24,9 @@ from tests.weights import (
     cases,
     exact_x,
 )
-from w4tensor import Int4ActQuantTensor
+from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, ops
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
-from w4tensor.tensors.products import is_followed
+from w4tensor.tensors import experts
 
 aten = torch.ops.aten
 MODES = {
@@ -609,14 +610,66 @@ def test_experts_one_by_one_batched_and_grouped_agree(cls):
     assert torch.equal(one.double(), expected)
 
 
-def test_who_follows_a_tensor():
-    """Then an eager product goes through the dispatcher, on CUDA."""
-    x = torch.zeros(3)
-    assert not is_followed(x)
-    x.requires_grad_()
-    assert is_followed(x)
-    with torch.no_grad():
-        assert not is_followed(x)
-    seen = []
-    torch.func.vmap(lambda t: seen.append(is_followed(t)) or t)(torch.zeros(2, 3))
-    assert seen == [True]
+def eager_stack(n: int) -> CudaCoalescedInt4Tensor:
+    return Case(CudaCoalescedInt4Tensor, n=n, stack=(3,)).weight()
+
+
+@pytest.fixture
+def eager(monkeypatch) -> list[str]:
+    """As on CUDA: which products skip the dispatcher. They run on a CPU all the same."""
+    skipped = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    for name in ("linear", "grouped_linear", "gathered_linear", "experts"):
+
+        def run(*operands, name=name):
+            skipped.append(name)
+            return getattr(torch.ops.w4tensor, name)(*operands)
+
+        monkeypatch.setattr(ops, f"cuda_{name}", run)
+    return skipped
+
+
+def test_eager_products_skip_the_dispatcher(eager):
+    w, stack = Case(CudaCoalescedInt4Tensor).weight(), eager_stack(24)
+    x, ids = exact_x(4, 256), torch.tensor([0, 1, 2, 1])
+    F.linear(x, w)
+    torch._grouped_mm(x, stack.mT, torch.tensor([1, 2, 4], dtype=torch.int32))
+    torch.bmm(stack[ids], x[..., None])
+    experts(x, ids[:, None], torch.ones(4, 1), eager_stack(512), eager_stack(256))
+    assert eager == ["linear", "grouped_linear", "gathered_linear", "experts"]
+
+
+def test_whoever_follows_a_product_sees_the_operator(eager):
+    w, bias = Case(CudaCoalescedInt4Tensor).weight(), torch.ones(24)
+    x = exact_x(4, 256)
+    for operands in ((x.clone().requires_grad_(), w, bias), (x, w, bias.clone().requires_grad_())):
+        assert F.linear(*operands).requires_grad and not eager
+        with torch.no_grad():
+            F.linear(*operands)
+        assert eager.pop() == "linear"
+    with BaseTorchDispatchMode():
+        F.linear(x, w, bias)
+    assert not eager
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("what", ["x", "bias", "offs", "ids"])
+def test_a_transform_of_any_operand_sees_the_operator(eager, what):
+    w, stack, x = Case(CudaCoalescedInt4Tensor).weight(), eager_stack(24), exact_x(4, 256)
+    two = eager_stack(512), eager_stack(256)
+    call, operand = {
+        "x": (lambda x: F.linear(x, w), exact_x(2, 4, 256)),
+        "bias": (lambda bias: F.linear(x, w, bias), exact_x(2, 24)),
+        "offs": (
+            lambda offs: torch._grouped_mm(x, stack.mT, offs),
+            torch.tensor([[1, 2, 4], [0, 3, 4]], dtype=torch.int32),
+        ),
+        "ids": (
+            lambda ids: experts(x, ids, torch.ones(4, 1), *two),
+            torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])[..., None],
+        ),
+    }[what]
+    y = torch.vmap(call)(operand)
+    assert not eager
+    assert torch.equal(y, torch.stack([call(one) for one in operand]))
+    assert len(eager) == 2

@@ -65,8 +65,7 @@ def experts(
             "the fused experts block has no gradient, and x or weight requires one; use the "
             "model's own experts implementation to train, or torch.no_grad()"
         )
-    eager = eager_cuda(x, ids, weight)
-    run = ops.cuda_experts if eager else torch.ops.w4tensor.experts
+    run = ops.cuda_experts if eager_cuda(x, weight) else torch.ops.w4tensor.experts
     y = run(
         x,
         ids,

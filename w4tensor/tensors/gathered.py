@@ -193,8 +193,7 @@ def _multiply(a: Any, b: Any) -> Tensor | None:
     if n_rows != w.shape[0] or k != w.stack._k:
         return None
     rows = as_autocast(x).reshape(-1, k)
-    eager = eager_cuda(rows, w.ids)
-    run = ops.cuda_gathered_linear if eager else torch.ops.w4tensor.gathered_linear
+    run = ops.cuda_gathered_linear if eager_cuda(rows) else torch.ops.w4tensor.gathered_linear
     y = run(
         rows,
         w.ids if m == 1 else w.ids.repeat_interleave(m),
