@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -219,6 +221,39 @@ def test_every_operator_is_replayed(hopper, what, rows, act_group_size):
     assert len(alike._known) == 1 and None not in alike._known.values()
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes that were alive at once of what operators made."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(r.alias_info for r in func._schema.returns):
+            self.now += out.nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(out.untyped_storage(), self._gone, out.nbytes)
+        return out
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("act_group_size", [None, -1])
+def test_a_first_call_needs_no_more_memory_than_others(hopper, act_group_size, monkeypatch):
+    # they would be kept with their operands
+    monkeypatch.setattr(hopper, "launches", deque(maxlen=0))
+    run, operands = problem("experts", 1000, act_group_size)
+    peaks = []
+    for call in (ops._run_checked_experts, run, run):
+        with Peak() as seen:
+            call(*operands)
+        peaks.append(seen.peak)
+    plain, first, replayed = peaks
+    assert 0 < replayed <= first == plain and None not in alike._known.values()
+
+
 @pytest.mark.parametrize("what", ["linear", "gathered", "experts"])
 def test_strides_of_one_row_do_not_matter(hopper, what):
     run, (x, *rest) = problem(what, 1, None)
@@ -245,6 +280,18 @@ def test_every_launch_has_a_token_of_its_own():
     assert len(with_token) == 2
     for launcher in with_token:
         assert list(launcher._anew) == [launcher._names.index("token")]
+
+
+def test_a_call_that_is_replayed_has_other_tokens(hopper):
+    """In the kernel of W4A8, which cuts K of so few tokens."""
+    codes = random_codes(4096, 4096, group_size=128)
+    x = torch.zeros(16, 4096, dtype=codes.scale.dtype)
+    operands = x, ACT_QUANT.pack(codes.q), codes.scale, None, None, 128, -1, LAYOUT_VERSION
+    first, again = (launched(hopper, ops.cuda_linear, operands) for _ in range(2))
+    assert any("_int8_hopper_kernel" in launch[0] for launch in first[:-1])
+    assert None not in alike._known.values()
+    tokens = [number for launches in (first, again) for number in tokens_of(launches)]
+    assert len(tokens) == len(set(tokens)) == 2
 
 
 def test_another_thread_may_forget_what_is_known(hopper, monkeypatch):
@@ -330,6 +377,18 @@ def test_tensors_of_another_device_are_not_remembered(hopper):
     hopper.device = -1
     ops.cuda_linear(*operands)
     assert alike._known
+
+
+@pytest.mark.parametrize("name", ["linear", "grouped_linear", "gathered_linear", "experts"])
+def test_operands_are_those_of_the_operator(monkeypatch, name):
+    arguments = getattr(torch.ops.w4tensor, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    run = getattr(ops, f"cuda_{name}")
+    assert list(inspect.signature(run).parameters) == names
+    monkeypatch.setattr(alike, "call", lambda run, tensors, rest: (tensors, rest))
+    tensors, rest = run(**{name: name for name in names})
+    assert [*tensors, *rest] == names
+    assert all(("Tensor" in str(a.type)) is (a.name in tensors) for a in arguments)
 
 
 def test_operators_are_told_apart(hopper):

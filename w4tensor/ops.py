@@ -238,27 +238,55 @@ def _cuda_quantize_activation(x, act_group_size):
     return launch.quantize_activation(x, check_act_group_size(act_group_size))
 
 
-# the same by what alike.py remembers; operands by position, as the schemas have them
+# the same by what alike.py remembers
 
 
-def cuda_linear(*operands):
+def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
     """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
-    return alike.call(_run_linear, operands[:5], operands[5:])
+    rest = group_size, act_group_size, layout_version
+    return alike.call(_run_linear, (x, qdata, scale, zero_point, bias), rest)
 
 
-def cuda_grouped_linear(*operands):
+def cuda_grouped_linear(
+    x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version
+):
     """As cuda_linear, of the operator `grouped_linear`."""
-    return alike.call(_run_grouped_linear, operands[:5], operands[5:])
+    rest = group_size, act_group_size, layout_version
+    return alike.call(_run_grouped_linear, (x, qdata, scale, zero_point, offs), rest)
 
 
-def cuda_gathered_linear(*operands):
+def cuda_gathered_linear(
+    x, ids, qdata, scale, zero_point, group_size, act_group_size, layout_version
+):
     """As cuda_linear, of the operator `gathered_linear`."""
-    return alike.call(_run_gathered_linear, operands[:5], operands[5:])
+    rest = group_size, act_group_size, layout_version
+    return alike.call(_run_gathered_linear, (x, ids, qdata, scale, zero_point), rest)
 
 
-def cuda_experts(*operands):
+def cuda_experts(
+    x,
+    ids,
+    weight,
+    gate_up_qdata,
+    gate_up_scale,
+    gate_up_zero_point,
+    gate_up_bias,
+    down_qdata,
+    down_scale,
+    down_zero_point,
+    down_bias,
+    gate_up_group_size,
+    down_group_size,
+    act_group_size,
+    gate,
+    act,
+    layout_version,
+):
     """As cuda_linear, of the operator `experts`."""
-    return alike.call(_run_checked_experts, operands[:11], operands[11:])
+    gate_up = gate_up_qdata, gate_up_scale, gate_up_zero_point, gate_up_bias
+    down = down_qdata, down_scale, down_zero_point, down_bias
+    rest = gate_up_group_size, down_group_size, act_group_size, gate, act, layout_version
+    return alike.call(_run_checked_experts, (x, ids, weight, *gate_up, *down), rest)
 
 
 # fakes
