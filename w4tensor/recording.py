@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class Recording(TorchDispatchMode):
         # of the inputs and then of what was made
         self._memory = [_Memory.of(t) for t in inputs]
         # how that was made which is not an input
-        self._makers: dict[int, tuple[Callable[..., Tensor], _Like]] = {}
+        self._makers: dict[int, partial[Tensor]] = {}
         self._steps: list[_Step] = []
         self._complete = True
 
@@ -109,7 +110,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def _made(self, t: Tensor, make: Callable[..., Tensor]) -> None:
-        self._makers[len(self._memory)] = make, _like(t)
+        self._makers[len(self._memory)] = _maker(make, t)
         self._memory.append(_Memory.of(t))
 
     def launched(self, run: Callable, args: Sequence[Any], anew: Mapping[int, Callable]) -> None:
@@ -128,27 +129,20 @@ class Recording(TorchDispatchMode):
         """What gives y from other inputs like these, if anything. y was made while recording."""
         if not self._complete or not y.is_contiguous():
             return None
-        here = [i for i in self._makers if self._memory[i][:2] == (y.data_ptr(), y.nbytes)]
-        result = next((i for i in here if self._memory[i].storage() is not None), -1)
-        makers = {i: _maker(make, like) for i, (make, like) in self._makers.items()}
-        if result >= 0:
-            makers[result] = _maker(self._makers[result][0], _like(y))
+        makers = self._makers.copy()
+        result, _ = _find(self._memory, y.data_ptr()) or (-1, 0)
+        if result not in makers or self._memory[result].size != y.nbytes:
+            return None
+        # it may have been made in another shape
+        makers[result] = _maker(makers[result].func, y)
         _share_out(makers, self._steps, result)
         if not any(memory == result for step in self._steps for memory, _ in step.made):
             return None
         return Replay(self._steps, len(makers), result)
 
 
-_Like = tuple[tuple[int, ...], dict[str, Any]]
-
-
-def _like(t: Tensor) -> _Like:
-    return tuple(t.shape), dict(dtype=t.dtype, device=t.device)
-
-
-def _maker(make: Callable[..., Tensor], like: _Like) -> Callable[[], Tensor]:
-    shape, told = like
-    return lambda: make(shape, **told)
+def _maker(make: Callable[..., Tensor], like: Tensor) -> partial[Tensor]:
+    return partial(make, tuple(like.shape), dtype=like.dtype, device=like.device)
 
 
 def _find(memory: list[_Memory], address: int) -> tuple[int, int] | None:
@@ -184,7 +178,7 @@ def _step(
     return step
 
 
-def _share_out(makers: dict[int, Callable[[], Tensor]], steps: list[_Step], kept: int) -> None:
+def _share_out(makers: dict[int, partial[Tensor]], steps: list[_Step], kept: int) -> None:
     """Have each step make what it is the first to use, and let go, but of `kept`, as the last."""
     users: dict[int, list[_Step]] = {}
     for step in steps:
