@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks import rows, tune
 from w4tensor import dispatch, dispatch_hopper
 from w4tensor.dispatch import Arch
-from w4tensor.dispatch_hopper import LARGE_M, TILES, HopperPlan, HopperTile
+from w4tensor.dispatch_hopper import LARGE_M, NEAR_BYTES, TILES, HopperPlan, HopperTile
 
 H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
 # the module's constants, and where a fit begins that knows no shape
@@ -46,6 +46,7 @@ NAMED = {
     "READ_BYTES": 4.2e6,
     "READ_FINE_BYTES": 3.5e6,
     "L2_BYTES": 90e3,
+    "L2_FAR_BYTES": 80e3,
     "FINE_ALONE": 0.1,
     "FINE_SHARED": 0.01,
     "FINE_LARGE": 0.1,
@@ -159,7 +160,9 @@ def predicted_us(table: Table, constants: Constants) -> np.ndarray:
         us += (steps + named["FILL"]) * (rounds * full + (rest > 0) * last)
     weight_bytes = 0.5 + 2 / t.group_size
     l2_bytes = tiles * t.k * (2 * block_m + weight_bytes * block_n)
-    us = np.maximum(us, named["FILL"] * alone + l2_bytes / (named["L2_BYTES"] * H200.num_sms))
+    far = 2 * t.m * t.k > NEAR_BYTES
+    rate = np.where(far, named["L2_FAR_BYTES"], named["L2_BYTES"])
+    us = np.maximum(us, named["FILL"] * alone + l2_bytes / (rate * H200.num_sms))
     parts = sliced / H200.num_sms * block_m * block_n / 4096
     added = named["ADD_SLICE"] * t.split_k + named["ADD_PART"] * parts
     us += (t.split_k > 1) * (added + named["AFTER"] * (t.whole > 0))

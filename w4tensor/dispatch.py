@@ -48,10 +48,10 @@ GEMV_MANY_MIN_K = 1024
 # 4096: 91.6, tile 88.2). The border is interpolated
 DECODE_MAX_M = 2
 DECODE_TALL = 3 << 15
-# for smaller matrices than this, up to so many tokens (4 at 2048 x 4096: 4.8 us against 6.1; 5120 x
-# 2880, group 32: 6.6 against 8.7; but 4096 x 4096: 7.3 against 7.2)
+# for smaller matrices than this, up to so many tokens (4 at 2048 x 512: 1.8 us; in different runs
+# 2048 x 4096: 5.4, tile 4.9; groups of 32, 2880 x 4096: 6.6, tile 6.1; 5120 x 2880: 7.4, tile 6.9)
 DECODE_SMALL_MAX_M = 4
-DECODE_SMALL = 1 << 24
+DECODE_SMALL = 1 << 22
 # beyond this K, programs of the next launch that start early cost more than they save
 DECODE_PDL_MAX_K = 8192
 # rows, and their length, up to which a decode program takes 8 of them instead of 16

@@ -10,19 +10,20 @@ steps, and FILL more for the first to arrive,
 
 once for the tiles that are not cut and once for the slices of the others. It is never less than
 FILL * alone and the time in which all tiles' x and weights come from L2, at L2_BYTES for each
-multiprocessor: tiles of 64 rows at many tokens are bound by that. Where sums of slices are added,
-that is ADD_SLICE * slices more, ADD_PART * tile / 4096 for each sum that a multiprocessor stores,
-and AFTER if some tiles are not cut. Nor is it less than the time of reading the weights at
-READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The tile and the split with
-the least predicted time are taken.
+multiprocessor, or L2_FAR_BYTES where x is large: tiles of 64 rows at many tokens are bound by that.
+Where sums of slices are added, that is ADD_SLICE * slices more, ADD_PART * tile / 4096 for each sum
+that a multiprocessor stores, and AFTER if some tiles are not cut. Nor is it less than the time of
+reading the weights at READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The
+tile and the split with the least predicted time are taken.
 
-The constants are what `python -m benchmarks.fit` makes of benchmarks/results/tune.csv: 22 shapes, 3
-to 2048 tokens, each point's tiles timed in turn in one run on an H200, those of 7 slices and more
-in a second one. In a third, on another H200, tiles of 128 x 128 were up to 15 % faster beside those
-of 128 x 64, and bf16 as fast: the former were made 6 % faster, the latter 3 % slower. At 304
-points of that file the choice takes 1.000 times the best measured plan in the middle, 1.070 at 95 %
-and at most 1.153. Without one shape, 22 times, the fit takes 1.000, 1.090 and 1.334 on that shape,
-at the 297 of 304 points that have its choice.
+The constants are what `python -m benchmarks.fit` made of benchmarks/results/tune.csv, from those
+before: 22 shapes, 3 to 2048 tokens, each point's tiles timed in turn in one run on an H200, those
+of 7 slices and more in a second one. At 307 points of that file the choice takes 1.000 times the
+best measured plan in the middle, 1.061 at 95 % and at most 1.153. Without one shape, 22 times, the
+fit takes 1.000, 1.091 and 1.334 on that shape, at the 302 of 307 points that have its choice.
+L2_FAR_BYTES came after 129 points, whose choice a fit without it had changed, were timed on another
+H200 with both choices: at many tokens tiles of 128 x 128 were up to 15 % faster there than those of
+128 x 64. Where today's choice is one of the two (93 points), it loses 1.1 % on average.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where, and
 `python -m benchmarks.fit --leave-out` on shapes that are left out.
@@ -108,43 +109,46 @@ class HopperTile:
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.416, shared=0.187),
-    HopperTile(8, 128, 4, 4, resident=3, alone=0.652, shared=0.250),
-    HopperTile(16, 64, 4, 4, resident=5, alone=0.295, shared=0.182),
-    HopperTile(16, 128, 4, 4, resident=3, alone=0.447, shared=0.336),
-    HopperTile(32, 64, 4, 4, resident=4, alone=0.318, shared=0.220),
-    HopperTile(32, 128, 4, 4, resident=2, alone=0.644, shared=0.321),
-    HopperTile(64, 64, 4, 4, resident=2, alone=0.344, shared=0.282),
-    HopperTile(64, 128, 4, 4, resident=2, alone=0.542, shared=0.462),
-    HopperTile(96, 64, 4, 4, resident=1, alone=0.446, shared=0.446),
-    HopperTile(96, 64, 4, 3, resident=2, alone=0.696, shared=0.296),
-    HopperTile(96, 128, 4, 3, resident=2, alone=1.194, shared=0.572),
-    HopperTile(128, 64, 4, 3, resident=2, alone=0.746, shared=0.349),
-    HopperTile(128, 64, 4, 4, resident=1, alone=0.474, shared=0.474),
-    HopperTile(128, 128, 8, 3, resident=1, alone=0.743, shared=0.743),
-    HopperTile(192, 64, 4, 2, resident=2, alone=1.156, shared=0.485),
-    HopperTile(192, 64, 4, 3, resident=1, alone=0.635, shared=0.635),
-    HopperTile(256, 128, 8, 3, resident=1, alone=1.354, shared=1.354),
+    HopperTile(8, 64, 4, 4, resident=5, alone=0.411, shared=0.185),
+    HopperTile(8, 128, 4, 4, resident=3, alone=0.644, shared=0.246),
+    HopperTile(16, 64, 4, 4, resident=5, alone=0.293, shared=0.180),
+    HopperTile(16, 128, 4, 4, resident=3, alone=0.445, shared=0.333),
+    HopperTile(32, 64, 4, 4, resident=4, alone=0.316, shared=0.219),
+    HopperTile(32, 128, 4, 4, resident=2, alone=0.643, shared=0.321),
+    HopperTile(64, 64, 4, 4, resident=2, alone=0.341, shared=0.278),
+    HopperTile(64, 128, 4, 4, resident=2, alone=0.536, shared=0.454),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.443, shared=0.443),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.692, shared=0.295),
+    HopperTile(96, 128, 4, 3, resident=2, alone=1.194, shared=0.562),
+    HopperTile(128, 64, 4, 3, resident=2, alone=0.720, shared=0.327),
+    HopperTile(128, 64, 4, 4, resident=1, alone=0.467, shared=0.467),
+    HopperTile(128, 128, 8, 3, resident=1, alone=0.756, shared=0.756),
+    HopperTile(192, 64, 4, 2, resident=2, alone=1.135, shared=0.485),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.632, shared=0.632),
+    HopperTile(256, 128, 8, 3, resident=1, alone=1.349, shared=1.349),
     # 16 tokens, us: 6144 x 4096 7.8 by 4 slices, pipelined 8.9; 8192 x 28672 43 by 8, 49 by 2; but
     # (in earlier runs) 28672 x 4096 25 whole, 23. The last: 12352 x 2048, 256 tokens, 20, 26
-    HopperTile(16, 64, 4, 4, 6, alone=0.396, shared=0.160, pipelined=False, coarse_slices=4),
-    HopperTile(16, 128, 4, 3, 4, alone=0.479, shared=0.298, pipelined=False, coarse_slices=4),
-    HopperTile(32, 128, 4, 4, 3, alone=0.772, shared=0.288, pipelined=False, coarse_slices=4),
-    HopperTile(64, 128, 4, 3, 3, alone=1.155, shared=0.440, pipelined=False, coarse_slices=4),
-    HopperTile(128, 64, 4, 2, 3, alone=1.179, shared=0.367, pipelined=False),
+    HopperTile(16, 64, 4, 4, 6, alone=0.393, shared=0.158, pipelined=False, coarse_slices=4),
+    HopperTile(16, 128, 4, 3, 4, alone=0.486, shared=0.294, pipelined=False, coarse_slices=4),
+    HopperTile(32, 128, 4, 4, 3, alone=0.759, shared=0.288, pipelined=False, coarse_slices=4),
+    HopperTile(64, 128, 4, 3, 3, alone=1.156, shared=0.431, pipelined=False, coarse_slices=4),
+    HopperTile(128, 64, 4, 2, 3, alone=1.127, shared=0.344, pipelined=False),
 )
-FILL = 3.153
-ADD_SLICE = 0.229
-ADD_PART = 0.959
-AFTER = 1.180
+FILL = 3.412
+ADD_SLICE = 0.216
+ADD_PART = 0.946
+AFTER = 0.934
 # a us; of L2, a us and a multiprocessor
 READ_BYTES = 4.366e6
 READ_FINE_BYTES = 3.807e6
-L2_BYTES = 99.655e3
+L2_BYTES = 100.004e3
+# the same where x has more bytes than this
+L2_FAR_BYTES = 83.734e3
+NEAR_BYTES = 4 << 20
 # what scales finer than a step add to `alone` and to `shared`, and to both in large tiles
-FINE_ALONE = 0.180
-FINE_SHARED = 0.020
-FINE_LARGE = 0.085
+FINE_ALONE = 0.178
+FINE_SHARED = 0.024
+FINE_LARGE = 0.090
 LARGE_M = 96
 # tokens from which the next kernel's early programs never crowd out this one's, and weights
 PDL_MIN_M = 32
@@ -251,7 +255,8 @@ def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole
         us += (-(-steps // slices) + FILL) * step
     weight_bytes = 0.5 + 2 / p.group_size
     l2_bytes = _tiles(p, tile) * p.k * (2 * tile.block_m + weight_bytes * tile.block_n)
-    us = max(us, FILL * alone + l2_bytes / (L2_BYTES * num_sms))
+    rate = L2_BYTES if 2 * p.m * p.k <= NEAR_BYTES else L2_FAR_BYTES
+    us = max(us, FILL * alone + l2_bytes / (rate * num_sms))
     if split_k > 1:
         parts = sliced / num_sms * tile.block_m * tile.block_n / 4096
         us += ADD_SLICE * split_k + ADD_PART * parts + AFTER * (whole > 0)
