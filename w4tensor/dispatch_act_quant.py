@@ -189,7 +189,7 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> p = Problem(m=8, n=4096, k=4096, group_size=128, act="int8", act_group_size=32)
     >>> plan_act_quant(p, h200).name
-    'int8 tile 8x64/2'
+    'int8 tile 8x128/4'
     """
     if is_row_by_row(p) and serves_gemv(p.n, p.k, p.group_size, arch, p.act_group_size):
         return plan_gemv(

@@ -169,7 +169,7 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     """The plan for a problem that serves() accepts.
 
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
-    >>> p = Problem(m=256, n=28672, k=4096, group_size=128, act="bf16")
+    >>> p = Problem(m=1024, n=28672, k=4096, group_size=128, act="bf16")
     >>> plan_hopper(p, h200).name
     'gemm 256x128/1'
     """

@@ -92,7 +92,7 @@ TILES = (
     Int8Tile(8, 64, 256, 4, 4, resident=5, alone=0.499, shared=0.327),
     Int8Tile(8, 128, 256, 4, 3, resident=3, alone=0.573, shared=0.460),
     Int8Tile(16, 64, 256, 4, 4, resident=4, alone=0.497, shared=0.279),
-    Int8Tile(16, 128, 256, 4, 3, resident=3, alone=0.695, shared=0.49),
+    Int8Tile(16, 128, 256, 4, 3, resident=3, alone=0.695, shared=0.490),
     Int8Tile(32, 64, 256, 4, 3, resident=4, alone=0.364, shared=0.250),
     Int8Tile(64, 64, 128, 4, 4, resident=4, alone=0.562, shared=0.219),
     Int8Tile(64, 128, 128, 4, 4, resident=2, alone=0.607, shared=0.420),

@@ -95,6 +95,17 @@ def test_tiles_that_share_a_multiprocessor_with_the_next_launch(tile):
     assert REGISTERS // (code.threads * code.registers) >= 6, str(code)
 
 
+@pytest.mark.parametrize("tile", [TILES[0], TILES[4], TILES[13], TILES[16]], ids=str)
+def test_sums_of_slices_are_stored_and_loaded_in_lines(tile):
+    code = _lower(tile, split=True)
+    stores = re.findall(r"\bSTG\.E\.[0-9]+", code.text)
+    loads = re.findall(r"\bLDG\.E\.[0-9]+\.STRONG\.GPU", code.text)
+    # but for flags, 16 bytes a thread at a time
+    sums = tile.block_m * tile.block_n // code.threads
+    assert sorted(stores) == ["STG.E.128"] * (sums // 4) + ["STG.E.64"]
+    assert loads.count("LDG.E.64.STRONG.GPU") == 1 and len(set(loads)) == 2
+
+
 def _name(tile: HopperTile) -> str:
     how = "" if tile.pipelined else " unpipelined"
     return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}{how}"
