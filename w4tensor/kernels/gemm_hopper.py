@@ -73,6 +73,9 @@ def await_parts(flag_ptr, parts, token):
     gl.store(flag, gl.zeros_like(lane).to(gl.int64), mask=lane < parts)
 
 
+# sums of a tile up to which its programs ask for their first scales before x is there: 4096 x 4096,
+# 8 tokens 6.3 -> 5.8 us, 64 8.7 -> 8.2; larger tiles gain up to 3 % by it or lose as much
+_SCALES_FIRST = gl.constexpr(64 * 64)
 # of an accumulator, that are added at a time: there are no registers for more
 _COLUMNS = gl.constexpr(64)
 
@@ -233,6 +236,7 @@ def _gemm_hopper_kernel(
         STAGES,
         PDL,
         PIPELINED,
+        BLOCK_M * BLOCK_N <= _SCALES_FIRST,
     )
     if part_ptr is not None:
         TILE: gl.constexpr = BLOCK_N * BLOCK_M

@@ -100,6 +100,7 @@ def _tile(
             STAGES,
             EARLY,
             PIPELINED,
+            False,
         )
         acc = sums[0]
         if bias_ptr is not None:

@@ -354,6 +354,8 @@ def accumulate(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
     PIPELINED: gl.constexpr,
+    # whether to ask for the first step's scales before x
+    SCALES_FIRST: gl.constexpr,
 ):
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
@@ -387,17 +389,21 @@ def accumulate(
         ok = begin + s < end
         _expect(xs, ws, full, s, ok)
         fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
+    zero = None
+    if SCALES_FIRST:
+        scale = _groups(scale_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
+        if zero_ptr is not None:
+            zero = _groups(zero_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
     if PDL:
         # weights are nobody's output; x is that of the kernel before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for s in gl.static_range(STAGES):
         _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
-
-    scale = _groups(scale_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-    zero = None
-    if zero_ptr is not None:
-        zero = _groups(zero_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
+    if not SCALES_FIRST:
+        scale = _groups(scale_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
+        if zero_ptr is not None:
+            zero = _groups(zero_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
     stage = 0
     phase = 0
     mbarrier.wait(full.index(0), 0)

@@ -106,6 +106,13 @@ def test_sums_of_slices_are_stored_and_loaded_in_lines(tile):
     assert loads.count("LDG.E.64.STRONG.GPU") == 1 and len(set(loads)) == 2
 
 
+@pytest.mark.parametrize("tile", (TILES[0], TILES[6], TILES[7]), ids=lambda tile: _name(tile))
+def test_small_tiles_ask_for_scales_before_they_wait_for_x(tile):
+    ptx = _lower(tile, pdl=True).ptx
+    early = ptx.index("ld.global") < ptx.index("griddepcontrol.wait")
+    assert early == (tile.block_m * tile.block_n <= 64 * 64)
+
+
 def _name(tile: HopperTile) -> str:
     how = "" if tile.pipelined else " unpipelined"
     return f"{tile.block_m}x{tile.block_n}x{tile.num_stages}{how}"
