@@ -1,9 +1,10 @@
-"""Draws the result files and holds them against the bars.
+"""Draws the result files, holds them against the bars and lists them.
 
     python -m benchmarks.report
 
-reads benchmarks/results/{linear,moe,model}.csv, prints the tables of bars in Markdown, and writes
-linear.png (time over a bare read against tokens, a panel a shape) and moe.png beside them.
+reads benchmarks/results/{linear,moe,model}.csv and writes beside them report.md (the bars with the
+figure reached beside each, and the times), linear.png (time over a bare read against tokens, a
+panel a shape) and moe.png.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, rows
+from benchmarks import bars, rows, tables
 from w4tensor.testing import DENSE_SHAPES, MOE_SHAPES
 
 # implementation, activations: label, colour, dashes, width
@@ -125,24 +126,38 @@ def _date(point: rows.Point) -> str:
     return point.date
 
 
+def render(results: Path = rows.RESULTS) -> str:
+    """report.md, from the rows in `results`."""
+    linear = rows.load(results / "linear.csv", rows.Point)
+    moe = rows.load(results / "moe.csv", rows.Point)
+    model = rows.load(results / "model.csv", rows.Figure)
+    parts = ["# Bars and times", "Made by `make bench-report` from the rows beside this file."]
+    parts += ["## Bars", bars.table("Linear, 16-bit activations", bars.linear_bars(linear))]
+    for act in ("int8g32", "int8g128", "int8token"):
+        parts.append(bars.table(f"Linear, {act} activations", bars.act_quant_bars(linear, act)))
+    parts.append(bars.table("Experts", bars.moe_bars(moe)))
+    parts.append(bars.table("Models", bars.model_bars(model)))
+    parts += ["## Linear, microseconds", tables.linear_times(linear)]
+    parts += ["## Experts blocks, microseconds", tables.moe_times(moe)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    parser.add_argument("--no-pictures", action="store_true", help="print the tables only")
+    parser.add_argument("--no-pictures", action="store_true", help="print report.md only")
     options = parser.parse_args()
-    linear = rows.load(options.results / "linear.csv", rows.Point)
-    moe = rows.load(options.results / "moe.csv", rows.Point)
-    model = rows.load(options.results / "model.csv", rows.Figure)
-    print(bars.table("Linear, 16-bit activations", bars.linear_bars(linear)))
-    for act in ("int8g32", "int8g128", "int8token"):
-        print(bars.table(f"Linear, {act} activations", bars.act_quant_bars(linear, act)))
-    print(bars.table("Experts", bars.moe_bars(moe)))
-    print(bars.table("Models", bars.model_bars(model)))
-    if not options.no_pictures:
-        draw_linear(linear, options.results / "linear.png")
-        draw_moe(moe, options.results / "moe.png")
+    text = render(options.results)
+    if options.no_pictures:
+        print(text)
+        return
+    (options.results / "report.md").write_text(text)
+    draw_linear(
+        rows.load(options.results / "linear.csv", rows.Point), options.results / "linear.png"
+    )
+    draw_moe(rows.load(options.results / "moe.csv", rows.Point), options.results / "moe.png")
 
 
 if __name__ == "__main__":
