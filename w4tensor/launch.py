@@ -37,7 +37,7 @@ from w4tensor.kernels.dequantize import dequantize
 from w4tensor.kernels.gemm import gemm
 from w4tensor.kernels.gemm_hopper import gemm_hopper
 from w4tensor.kernels.gemv import aligned, gemv
-from w4tensor.kernels.hopper_loop import aligned_rows
+from w4tensor.kernels.hopper_memory import aligned_rows
 from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation

@@ -22,7 +22,7 @@ from tests.gpu.test_linear import (  # noqa: F401
 from w4tensor import CudaCoalescedInt4Tensor, launch
 from w4tensor.dispatch import GemmPlan
 from w4tensor.dispatch_hopper import TILES, HopperPlan, HopperTile
-from w4tensor.kernels.hopper_loop import aligned_rows
+from w4tensor.kernels.hopper_memory import aligned_rows
 from w4tensor.testing import REL_ERR_BUDGET
 
 pytestmark = [pytest.mark.gpu, needs_hopper]

@@ -10,7 +10,7 @@ registers to the matrix unit. A program waits for its multiplications; those of 
 multiprocessor go on meanwhile.
 
 Scales and sums of x come with x where a tile's first row is aligned for it, else by plain loads.
-With a GATE, rows of W are taken in turn as in hopper_loop.py.
+With a GATE, rows of W are taken in turn (hopper_memory.py).
 
 W is in the ACT_QUANT format. Sums are in units of 1 / UNIT, and where tokens have one scale each,
 without it.
@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from w4tensor.kernels.hopper_loop import barrier, fetch_words, in_turn, load, rows_in_memory
+from w4tensor.kernels.hopper_memory import barrier, fetch_words, in_turn, load, rows_in_memory
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, unpack_bytes
 
@@ -306,7 +306,7 @@ def accumulate_int8(
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
     x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
-        "halves" (hopper_loop.py). row [BN]: of the scales and zero points.
+        "halves" (hopper_memory.py). row [BN]: of the scales and zero points.
     """
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     STEP: gl.constexpr = w_desc.block_shape[1] * 2

@@ -16,15 +16,11 @@ words come by the tensor memory accelerator, STAGES steps ahead.
 W is in the COALESCED format, or in ACT_QUANT with x in word order (kernels/unpack_act_quant.py):
 then word (t, i) of a step is of slice t, not i, and so are its scales; and nibbles are q ^ 8.
 
-With a GATE, half of the operand's rows are gate rows and half the up rows of the same outputs,
-eight and eight in turn, so that one thread has both sums of an output. In memory they stand apart:
+With a GATE, gate and up rows of the same outputs are eight and eight in turn (hopper_memory.py), so
+that one thread has both sums of an output.
 
-    halves         words of rows w_row .. and of rows up_row .., one below the other
-    interleaved    words of rows w_row .., gate and up in turn
-
-Gluon is young: this was written and run with Triton 3.6, and lowers alike with 3.7, 3.8 and 3.9,
-which renamed things; but with 3.9 the assembler makes the tile of 96 tokens and 128 rows wait for
-each multiplication (C7511).
+This was written and run with Triton 3.6, and lowers alike with 3.7, 3.8 and 3.9; but with 3.9 the
+assembler makes the tile of 96 tokens and 128 rows wait for each multiplication (C7511).
 
 Scales of bf16 weights without zero points must be below 2**26: codes enter the multiplication as
 subnormal numbers, whose unit goes into the scale.
@@ -32,31 +28,25 @@ subnormal numbers, whose unit goes into the scale.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.act_quant_words import EIGHTS
+from w4tensor.kernels.hopper_memory import (
+    barrier,
+    fetch_words,
+    in_turn,
+    load,
+    rows_in_memory,
+)
 from w4tensor.kernels.unpack import FP16_LIFT, join8, scaling_terms, unpack_by_terms
-
-# 3.7 renamed the first, 3.8 the next two, 3.9 the last
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_memory = gl.shared_memory_descriptor
-reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 # a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, of scale * 2**97 for
 # those in bits 4..7, and of scale * -2**-29: (q - 8) * scale * 2**-32, rounded once. As it stands
@@ -94,30 +84,6 @@ _SCALES = gl.constexpr("""{
     mul.rn.bf16x2 $2, s, minus_8;
 }""")
 BF16_UNIT = gl.constexpr(2.0**32)
-
-
-@gluon.constexpr_function
-def rows_in_memory(rows, gate):
-    """How far apart in shared memory stand rows of an operand that are 8, 1 and 16 apart: what a
-    thread has two of, what lanes divide and what warps do."""
-    return {
-        "none": (8, 1, 16),
-        "halves": (rows // 2, 1, 8),
-        "interleaved": (1, 2, 16),
-    }[gate]
-
-
-@gluon.jit
-def in_turn(words, GATE: gl.constexpr):
-    """[BN, C] as they stand in shared memory -> rows in the order of the operand."""
-    BN: gl.constexpr = words.shape[0]
-    C: gl.constexpr = words.shape[1]
-    if GATE == "halves":
-        return words.reshape(2, BN // 16, 8, C).permute(1, 0, 2, 3).reshape(BN, C)
-    elif GATE == "interleaved":
-        return words.reshape(BN // 16, 8, 2, C).permute(0, 2, 1, 3).reshape(BN, C)
-    else:
-        return words
 
 
 @gluon.constexpr_function
@@ -173,21 +139,6 @@ def _expect(xs, ws, full, stage, ok):
     MORE: gl.constexpr = 0 if len(xs) == 1 else xs[-1].shape[1]
     BYTES: gl.constexpr = (xs[0].shape[1] + MORE) * 256 + ws.shape[1] * 64
     mbarrier.expect(full.index(stage), BYTES, pred=ok)
-
-
-@gluon.jit
-def fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.constexpr):
-    """Words of a step into ws [STAGES, BN, C]."""
-    words = ws.index(stage)
-    first = step * ws.shape[2]
-    if GATE == "halves":
-        HALF: gl.constexpr = ws.shape[1] // 2
-        gate = words.slice(0, HALF, 0)
-        up = words.slice(HALF, HALF, 0)
-        load(w_desc, [w_row, first], full.index(stage), gate, pred=ok)
-        load(w_desc, [up_row, first], full.index(stage), up, pred=ok)
-    else:
-        load(w_desc, [w_row, first], full.index(stage), words, pred=ok)
 
 
 @gluon.jit
@@ -457,38 +408,3 @@ def accumulate(
         return (acc[0] * UNIT,), xs
     else:
         return (acc[0] * UNIT, acc[1] * UNIT), xs
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """x [M, K] (K a multiple of 8), or a copy that the tensor memory accelerator can read."""
-    # rows of an expanded x are 0 apart
-    apart = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
-    if apart and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
-    # 9 us a call without the cache
-    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
-
-
-def descriptor(
-    t: Tensor, shape: tuple[int, int], stride: int, block: tuple[int, int], dtype: gl.dtype
-) -> TensorDescriptor:
-    """Tiles of `block` of the matrix [shape] of `dtype` at t, whose rows begin `stride` apart: they
-    are contiguous and 16-byte aligned.
-
-    Not through the constructor, whose checks of all that cost 6 us; the driver refuses it anyway.
-    """
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(
-        base=t,
-        shape=shape,
-        strides=(stride, 1),
-        block_shape=block,
-        layout=_layout(block, dtype),
-        padding="zero",
-    )
-    return made

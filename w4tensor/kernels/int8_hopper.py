@@ -2,7 +2,7 @@
 
     y[m, n] = sum over cells of  x_scale[m, a] * scale[n, g] * sum_k x[m, k] (q[n, k] - z[n, g])
 
-Tiles, slices of K and the ordered sums of slices are those of gemm_hopper.py.
+Tiles, slices of K and the ordered sums of slices are those of hopper_slices.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.act_quant_tile import cell_and_span
-from w4tensor.kernels.gemm_hopper import (
+from w4tensor.kernels.hopper_int8_loop import accumulate_int8, layout_of_int8_sums
+from w4tensor.kernels.hopper_memory import barrier, descriptor, reinterpret, store
+from w4tensor.kernels.hopper_slices import (
     add_parts,
     await_parts,
     memory_of_sums,
@@ -25,8 +27,6 @@ from w4tensor.kernels.gemm_hopper import (
     tile_at,
     token_of_launch,
 )
-from w4tensor.kernels.hopper_int8_loop import accumulate_int8, layout_of_int8_sums
-from w4tensor.kernels.hopper_loop import barrier, descriptor, reinterpret, store
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT
