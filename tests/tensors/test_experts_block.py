@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from tests.experts import Block, blocks
 from tests.tensors.test_compile import in_every_mode
@@ -187,6 +188,19 @@ def test_a_gradient_is_refused_rather_than_lost(which):
         experts(*load, *weights)
     with torch.no_grad():
         assert experts(*load, *weights).shape == (3, 64)
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_tangent_is_refused_rather_than_lost(which):
+    load, weights = list(Block().load(3)), Block().tensors()
+
+    def call(operand):
+        return experts(*load[:which], operand, *load[which + 1 :], *weights)
+
+    with pytest.raises(Unsupported, match="forward mode"):
+        torch.func.jvp(call, (load[which],), (torch.ones_like(load[which]),))
+    with forward_ad.dual_level():
+        assert call(load[which]).shape == (3, 64)
 
 
 def test_a_graph_refuses_what_eager_refuses():

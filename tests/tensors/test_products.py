@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from tests.test_reference import round_activations
@@ -27,6 +28,7 @@ from tests.weights import (
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, ops
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 from w4tensor.tensors import experts
+from w4tensor.tensors.linear_weight import as_linear_weight
 
 aten = torch.ops.aten
 MODES = {
@@ -545,6 +547,45 @@ def test_the_gradient_through_bmm_and_grouped_mm(cls):
     sums = case.dense().sum(1).float()
     expected = torch.stack((sums[0], sums[0], sums[1], sums[1], torch.zeros(256)))
     assert torch.allclose(got, expected)
+
+
+def in_dual_level(call, x, tangent):
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent)))
+    return y.primal, y.tangent
+
+
+# {how a gradient is asked for: (call, x, a vector) -> tensors}
+DIFFERENTIATED = {
+    "jvp": lambda call, x, v: torch.func.jvp(call, (x,), (v,)),
+    "dual": in_dual_level,
+    "grad": lambda call, x, v: [torch.func.grad(lambda x: call(x).sum())(x)],
+    "vjp": lambda call, x, v: torch.func.vjp(call, x)[1](call(v)),
+}
+
+
+@pytest.mark.parametrize("how", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+@pytest.mark.parametrize(
+    "product_of",
+    [
+        lambda x, w, stack, bias: F.linear(x, w, bias),
+        lambda x, w, stack, bias: F.linear(x[0, 0], w),
+        lambda x, w, stack, bias: x @ w.t(),
+        lambda x, w, stack, bias: stack @ x.mT,
+        lambda x, w, stack, bias: torch.addmm(bias, x[0], w.t()),
+        lambda x, w, stack, bias: torch.bmm(x, stack[torch.tensor([1, 0])].mT),
+    ],
+    ids=["linear", "one token", "matmul", "weight first", "addmm", "gathered"],
+)
+def test_no_tangent_is_lost(product_of, how):
+    one, two = Case(CudaCoalescedInt4Tensor), Case(CudaCoalescedInt4Tensor, stack=(2,))
+    weights = as_linear_weight(one.weight()), two.weight()
+    x, v, bias = exact_x(2, 2, 256), exact_x(2, 2, 256), torch.ones(24)
+    got = how(lambda x: product_of(x, *weights, bias), x, v)
+    dense = one.dense().float(), two.dense().float()
+    expected = how(lambda x: product_of(x, *dense, bias), x, v)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @all_dtypes

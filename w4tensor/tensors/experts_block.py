@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from w4tensor import ops
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.one_guard import guard_as_one
 from w4tensor.tensors.packed import PackedInt4
-from w4tensor.tensors.products import eager_cuda
+from w4tensor.tensors.products import eager_cuda, is_differentiated
 
 __all__ = ["experts"]
 
@@ -64,6 +65,14 @@ def experts(
         raise Unsupported(
             "the fused experts block has no gradient, and x or weight requires one; use the "
             "model's own experts implementation to train, or torch.no_grad()"
+        )
+    if is_differentiated() and any(
+        t is not None and unpack_dual(t).tangent is not None
+        for t in (x, weight, gate_up_bias, down_bias)
+    ):
+        raise Unsupported(
+            "the fused experts block has no gradient in forward mode; use the model's own experts "
+            "implementation"
         )
     run = ops.cuda_experts if eager_cuda(x, weight) else torch.ops.w4tensor.experts
     y = run(

@@ -22,7 +22,7 @@ from w4tensor import ops
 from w4tensor.checks import check_ids
 from w4tensor.layout import has_values
 from w4tensor.tensors.packed import PackedInt4
-from w4tensor.tensors.products import as_autocast, bind, eager_cuda
+from w4tensor.tensors.products import as_autocast, bind, eager_cuda, is_differentiated
 
 __all__ = ["gather"]
 
@@ -173,7 +173,7 @@ def _without_a_copy(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func in _VIEWS and isinstance(args[0], _Gathered):
         stack = func(args[0].stack, *args[1:], **kwargs)
         return type(args[0])(stack, args[0].ids)
-    if func in _PRODUCTS:
+    if func in _PRODUCTS and not is_differentiated():
         a, b = bind(func, args, kwargs, ("input", "self"), ("mat2", "other", "tensor2"))
         y = _multiply(a, b)
         if y is not None:

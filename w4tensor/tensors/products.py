@@ -6,17 +6,19 @@ cannot use codes packed along K and multiplies by the dequantised weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from w4tensor import ops
 from w4tensor.errors import MisdispatchError, Unsupported
 from w4tensor.tensors.packed import PackedInt4
 
-__all__ = ["as_autocast", "bind", "eager_cuda", "register"]
+__all__ = ["as_autocast", "bind", "eager_cuda", "is_differentiated", "register"]
 
 aten = torch.ops.aten
 _handlers: list[tuple[list[Any], list[Any], Callable]] = []
@@ -24,10 +26,10 @@ _handlers: list[tuple[list[Any], list[Any], Callable]] = []
 
 def register(cls: Any) -> None:
     """Give `cls` the operators of this file, as torch functions and as the aten ops below them."""
-    cls._linear = staticmethod(_f_linear)
+    cls._linear = staticmethod(_as_function(_f_linear))
     for functions, operators, handler in _handlers:
         # called by name, an aten op is a function too, and would decompose before it gets below
-        cls.implements_torch_function(functions + operators)(handler)
+        cls.implements_torch_function(functions + operators)(_as_function(handler))
         cls.implements(operators)(handler)
 
 
@@ -37,6 +39,33 @@ def _implements(functions: list[Any], operators: list[Any]):
         return handler
 
     return keep
+
+
+def is_differentiated() -> bool:
+    """Whether forward mode or a gradient of torch.func follows what is called, of which our
+    operators know nothing: their tangents would be zero."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    grad = torch._C._functorch.TransformType.Grad
+    return any(each.key() == grad for each in torch._C._functorch.get_interpreter_stack())
+
+
+def _as_function(handler: Callable) -> Callable:
+    """`handler` of a function, above autograd. What it cannot follow goes to PyTorch's operators,
+    which come back to the handlers below it, piece by piece."""
+
+    @functools.wraps(handler)
+    def called(func, types, args, kwargs):
+        if is_differentiated():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return handler(func, types, args, kwargs)
+
+    return called
 
 
 def as_autocast(x: Tensor) -> Tensor:
