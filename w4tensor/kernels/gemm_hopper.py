@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import accumulate, layout_of_rows
-from w4tensor.kernels.hopper_memory import barrier, descriptor, store
+from w4tensor.kernels.hopper_memory import as_halves, barrier, descriptor, store, tokens_of
 from w4tensor.kernels.hopper_slices import (
     add_parts,
     await_parts,
@@ -74,8 +74,10 @@ def _gemm_hopper_kernel(
     PDL: gl.constexpr,
     PIPELINED: gl.constexpr,
 ):
-    FIRST: gl.constexpr = x_desc.block_shape[0]
+    FIRST: gl.constexpr = tokens_of(x_desc.block_shape)
     MORE: gl.constexpr = 0 if more_x_desc is None else more_x_desc.block_shape[0]
+    # the first half of all tokens and the last, which overlap
+    HALVES: gl.constexpr = len(x_desc.block_shape) == 3
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
     tile = gl.program_id(0)
@@ -146,11 +148,11 @@ def _gemm_hopper_kernel(
         sums = acc[i]
         if part_ptr is not None:
             sums = add_parts(sums, parts + columns[i] * BLOCK_N, others, TILE)
-        _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N)
+        _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N, HALVES)
 
 
 @gluon.jit
-def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N):
+def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N, HALVES: gl.constexpr):
     """acc [BN, BM] -> y[m0 .., n0 ..], through the memory of x, which is not needed any more."""
     BLOCK_N: gl.constexpr = acc.shape[0]
     BLOCK_M: gl.constexpr = acc.shape[1]
@@ -164,33 +166,40 @@ def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N):
         ys.permute((1, 0)).store(acc.to(y_desc.dtype))
         fence_async_shared()
         barrier()
-        store(y_desc, [m0, n0], ys)
+        if len(y_desc.block_shape) == 3:
+            LAYOUT: gl.constexpr = y_desc.layout
+            store(y_desc, [0, 0, n0], as_halves(ys, LAYOUT))
+        else:
+            store(y_desc, [m0, n0], ys)
         tma.store_wait(0)
     else:
         m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc.type.layout))
+        if HALVES:
+            m += gl.where(m < BLOCK_M // 2, 0, M - BLOCK_M)
         mask = (n < N).expand_dims(1) & (m < M).expand_dims(0)
         at = m.to(gl.int64).expand_dims(0) * N + n.expand_dims(1)
         gl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # rows of a tile of up to 64 tokens
-MANY_PAST_THE_END = 24
+MANY_PAST_THE_END = 12
 
 
-def runs_of_tokens(block_m: int, m: int) -> tuple[int, int]:
-    """How many tokens of a tile lie in its first run and in its second, which may be none.
+def boxes_of_tokens(block_m: int, m: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of a tile that come together, and the rest of them, of which there may be none.
 
-    Gluon's tiles are of powers of two, the matrix unit's are not: 96 tokens are 64 and 32. And rows
-    past the end, which the tensor memory accelerator fills with zeros, cost more time than a tile
-    of so few tokens has: 100 tokens in a tile of 128 are 0..63 and 36..99, and 33 in one of 64 are
-    0..31 and 1..32 (28672 x 4096: 30.5 us, as one run 35.0; 40 tokens 9.7 and 9.9 at 4096 x 4096,
-    but 48 9.7 and 9.0).
+    Gluon's tiles are of powers of two, the matrix unit's are not: 96 tokens are 64 and 32. Rows
+    past the end, which the tensor memory accelerator fills with zeros, cost more time than tokens
+    do: of a tile that has many come the first half of its tokens and the last, which overlap
+    (8192 x 28672, us: 33 tokens 59, with zeros or as two boxes 66; 127 tokens 88, 105).
     """
     first = 1 << block_m.bit_length() - 1
+    if block_m > first:
+        return (first,), (block_m - first,)
     past_the_end = block_m - m
-    if first == block_m and past_the_end >= (1 if block_m > 64 else MANY_PAST_THE_END):
-        first //= 2
-    return first, block_m - first
+    if first // 2 < m and past_the_end >= (1 if block_m > 64 else MANY_PAST_THE_END):
+        return (2, first // 2), ()
+    return (first,), ()
 
 
 # of a thread, for tiles of (tokens, rows) that are slices of K, whose weights are unpacked in the
@@ -229,7 +238,7 @@ def gemm_hopper(
     # slices whose sums are stored
     stored = cut * (split_k - 1)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    first, second = runs_of_tokens(plan.block_m, m)
+    first, second = boxes_of_tokens(plan.block_m, m)
     tile = plan.block_m, plan.block_n
     shortest = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
     scale_a_step = n_groups == 1 or group_size >= 128
@@ -239,12 +248,12 @@ def gemm_hopper(
 
     parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
 
-    def of_x(tokens: int) -> TensorDescriptor | None:
-        return descriptor(x, (m, k), row, (tokens, 128), dtype) if tokens else None
+    def of_x(tokens: tuple[int, ...]) -> TensorDescriptor | None:
+        return descriptor(x, (m, k), row, (*tokens, 128), dtype) if tokens else None
 
-    def of_y(tokens: int) -> TensorDescriptor | None:
+    def of_y(tokens: tuple[int, ...]) -> TensorDescriptor | None:
         stored = tokens and by_tiles
-        return descriptor(y, (m, n), n, (tokens, plan.block_n), dtype) if stored else None
+        return descriptor(y, (m, n), n, (*tokens, plan.block_n), dtype) if stored else None
 
     _launch_gemm(
         (plan.whole + cut * split_k,),

@@ -40,11 +40,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from w4tensor.kernels.act_quant_words import EIGHTS
 from w4tensor.kernels.hopper_memory import (
+    as_halves,
     barrier,
     fetch_words,
     in_turn,
     load,
     rows_in_memory,
+    tokens_of,
 )
 from w4tensor.kernels.unpack import FP16_LIFT, join8, scaling_terms, unpack_by_terms
 
@@ -145,7 +147,12 @@ def _expect(xs, ws, full, stage, ok):
 def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
     for part in gl.static_range(len(xs)):
         memory = xs[part].index(stage)
-        load(x_desc[part], [x_row[part], step * 128], full.index(stage), memory, pred=ok)
+        if len(x_desc[part].block_shape) == 3:
+            LAYOUT: gl.constexpr = x_desc[part].layout
+            halves = as_halves(memory, LAYOUT)
+            load(x_desc[part], [0, 0, step * 128], full.index(stage), halves, pred=ok)
+        else:
+            load(x_desc[part], [x_row[part], step * 128], full.index(stage), memory, pred=ok)
 
 
 @gluon.jit
@@ -311,11 +318,12 @@ def accumulate(
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
 
     x_desc, x_row, the sums and the memory of x: one or two, for as many runs of tokens.
-    x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
-        "halves". row [BN]: of the scales and zero points, for each row of the operand.
+    Boxes of x are [BM, 128], or [2, BM / 2, 128] of all tokens. x_row, w_row: first rows of x and
+    of the words. up_row: of the words of up rows, where GATE is "halves". row [BN]: of the scales
+    and zero points, for each row of the operand.
     """
     DTYPE: gl.constexpr = x_desc[0].dtype
-    BLOCK_M: gl.constexpr = x_desc[0].block_shape[0]
+    BLOCK_M: gl.constexpr = tokens_of(x_desc[0].block_shape)
     # an fp32 x is bf16 here, beside scales that are not
     BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
     FAST: gl.constexpr = BF16 and zero_ptr is None
@@ -324,7 +332,8 @@ def accumulate(
     ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
 
-    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], x_desc[0].layout),)
+    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 128], DTYPE)
+    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], X),)
     acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
     if len(x_desc) == 2:
         MORE: gl.constexpr = x_desc[1].block_shape[0]

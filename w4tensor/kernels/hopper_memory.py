@@ -53,6 +53,19 @@ def in_turn(words, GATE: gl.constexpr):
         return words
 
 
+@gluon.constexpr_function
+def tokens_of(block):
+    """How many a box [BM, ..] has, or [2, BM / 2, ..]."""
+    return block[0] * block[1] if len(block) == 3 else block[0]
+
+
+@gluon.jit
+def as_halves(memory, LAYOUT: gl.constexpr):
+    """[BM, C] in memory as [2, BM / 2, C]."""
+    HALF: gl.constexpr = memory.shape[0] // 2
+    return reinterpret(memory, memory.dtype, [2, HALF, memory.shape[1]], LAYOUT)
+
+
 @gluon.jit
 def fetch_words(w_desc, ws, full, stage, w_row, up_row, step, ok, GATE: gl.constexpr):
     """Words of a step into ws [STAGES, BN, C]."""
@@ -84,18 +97,25 @@ def _layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
 
 
 def descriptor(
-    t: Tensor, shape: tuple[int, int], stride: int, block: tuple[int, int], dtype: gl.dtype
+    t: Tensor, shape: tuple[int, ...], stride: int, block: tuple[int, ...], dtype: gl.dtype
 ) -> TensorDescriptor:
     """Tiles of `block` of the matrix [shape] of `dtype` at t, whose rows begin `stride` apart: they
     are contiguous and 16-byte aligned.
 
+    A block [2, BM / 2, C], of a matrix with BM / 2 to BM rows, is its first rows and its last ones.
+
     Not through the constructor, whose checks of all that cost 6 us; the driver refuses it anyway.
     """
+    strides: tuple[int, ...] = (stride, 1)
+    if len(block) == 3:
+        rows, columns = shape
+        shape = (2, block[1], columns)
+        strides = ((rows - block[1]) * stride, stride, 1)
     made = object.__new__(TensorDescriptor)
     made.__dict__.update(
         base=t,
         shape=shape,
-        strides=(stride, 1),
+        strides=strides,
         block_shape=block,
         layout=_layout(block, dtype),
         padding="zero",

@@ -15,7 +15,7 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
-from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, runs_of_tokens
+from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, boxes_of_tokens
 from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +25,10 @@ pytestmark = pytest.mark.skipif(
 # of a Hopper multiprocessor
 REGISTERS = 65536
 SHARED_BYTES = 227 * 1024
+
+
+def _tokens(tile: HopperTile, few: bool) -> int:
+    return tile.block_m // 2 + 1 if few else tile.block_m
 
 
 @functools.cache
@@ -40,16 +44,16 @@ def _lower(
     bias: bool = False,
     pdl: bool = False,
     n_groups: int = 64,
-    # for fewer tokens than the tile has
+    # for half of the tokens that the tile holds
     few: bool = False,
 ) -> Lowered:
-    first, more = runs_of_tokens(tile.block_m, tile.block_m - few)
+    first, more = boxes_of_tokens(tile.block_m, _tokens(tile, few))
     signature = {
-        "x_desc": descriptor([first, 128], dtype),
-        "more_x_desc": descriptor([more or first, 128], dtype),
+        "x_desc": descriptor([*first, 128], dtype),
+        "more_x_desc": descriptor([*(more or first), 128], dtype),
         "w_desc": descriptor([tile.block_n, 16], "i32"),
-        "y_desc": descriptor([first, tile.block_n], dtype),
-        "more_y_desc": descriptor([more or first, tile.block_n], dtype),
+        "y_desc": descriptor([*first, tile.block_n], dtype),
+        "more_y_desc": descriptor([*(more or first), tile.block_n], dtype),
         "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{scale or dtype}",
         "zero_ptr": f"*{zero}",
@@ -127,7 +131,7 @@ def _check(
     # 16 k each, for every 64 rows of a warpgroup and every run of tokens: the loop that was read is
     # the one that multiplies
     rows_of_a_warp = tile.block_n // tile.num_warps
-    second_run = runs_of_tokens(tile.block_m, tile.block_m - few)[1] > 0
+    second_run = len(boxes_of_tokens(tile.block_m, _tokens(tile, few))[1])
     assert code.count("HGMMA") == 8 * rows_of_a_warp // 16 * (1 + second_run), str(code)
     serialised = re.search(r"C75\d\d.*", messages(code))
     assert serialised is None, serialised
