@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks import rows, tune
 from w4tensor import dispatch, dispatch_hopper
 from w4tensor.dispatch import Arch
-from w4tensor.dispatch_hopper import LARGE_M, NEAR_BYTES, TILES, HopperPlan, HopperTile
+from w4tensor.dispatch_hopper import LARGE_M, NEAR_BYTES, TILES, Candidate, HopperPlan
 
 H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
 # the module's constants, and where a fit begins that knows no shape
@@ -42,7 +42,7 @@ NAMED = {
     "FILL": 3.0,
     "ADD_SLICE": 0.3,
     "ADD_PART": 1.5,
-    "AFTER": 3.0,
+    "ADD_EVEN": 1.0,
     "READ_BYTES": 4.2e6,
     "READ_FINE_BYTES": 3.5e6,
     "L2_BYTES": 90e3,
@@ -100,7 +100,7 @@ class Table:
 
     Fields:
         point, tile: indices of `points` and of TILES.
-        split_k, whole: as HopperPlan has them.
+        split_k, programs, even: as HopperPlan has them.
         us: measured, nan if it was not.
         n, k, group_size, m: of the candidate's point.
         best: of each point, us of the fastest plan of any kind.
@@ -110,10 +110,10 @@ class Table:
         self.points = list(measured)
         found = []
         for i, (p, times) in enumerate(measured.items()):
-            for tile, split_k, whole in dispatch_hopper.candidates(p.problem, H200.num_sms):
-                us = _measured_us(times, tile, split_k, whole)
-                found.append((i, TILES.index(tile), split_k, whole, us))
-        self.point, self.tile, self.split_k, self.whole, self.us = map(
+            for choice in dispatch_hopper.candidates(p.problem, H200.num_sms):
+                tile, *how = choice
+                found.append((i, TILES.index(tile), *how, _measured_us(times, choice)))
+        self.point, self.tile, self.split_k, self.programs, self.even, self.us = map(
             np.array, zip(*found, strict=True)
         )
         self.best = np.array([min(times.values()) for times in measured.values()])
@@ -133,10 +133,9 @@ class Table:
         )
 
 
-def _measured_us(times: Mapping[str, float], tile: HopperTile, split_k: int, whole: int) -> float:
+def _measured_us(times: Mapping[str, float], choice: Candidate) -> float:
     """With or without pdl, whichever is faster; nan without a row."""
-    fields = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, split_k, whole)
-    plans = (HopperPlan(*fields, pdl=pdl, pipelined=tile.pipelined) for pdl in (False, True))
+    plans = (dispatch_hopper.plan_of(*choice, pdl=pdl) for pdl in (False, True))
     return min((times[w] for w in map(tune.written, plans) if w in times), default=np.nan)
 
 
@@ -151,21 +150,24 @@ def predicted_us(table: Table, constants: Constants) -> np.ndarray:
     shared = constants.shared[t.tile] + fine * fine_shared
     full = np.maximum(alone, resident * shared)
     tiles = np.ceil(t.n / block_n) * np.ceil(t.m / block_m)
-    sliced = (tiles - t.whole) * t.split_k
-    us = np.zeros(len(t.us))
-    for programs, slices in ((t.whole, 1), (sliced, t.split_k)):
-        rounds, rest = np.divmod(programs, resident * H200.num_sms)
-        last = np.maximum(alone, np.ceil(rest / H200.num_sms) * shared)
-        steps = np.ceil(np.ceil(t.k / 128) / slices)
-        us += (steps + named["FILL"]) * (rounds * full + (rest > 0) * last)
+    rounds, rest = np.divmod(tiles * t.split_k, resident * H200.num_sms)
+    last = np.maximum(alone, np.ceil(rest / H200.num_sms) * shared)
+    per_step = rounds * full + (rest > 0) * last
+    steps = np.ceil(t.k / 128)
+    us = np.where(
+        t.even,
+        tiles * steps / np.maximum(t.programs, 1) * full,
+        np.ceil(steps / t.split_k) * per_step,
+    )
+    us += named["FILL"] * np.where(t.programs > 0, full, per_step)
     weight_bytes = 0.5 + 2 / t.group_size
     l2_bytes = tiles * t.k * (2 * block_m + weight_bytes * block_n)
     far = 2 * t.m * t.k > NEAR_BYTES
     rate = np.where(far, named["L2_FAR_BYTES"], named["L2_BYTES"])
     us = np.maximum(us, named["FILL"] * alone + l2_bytes / (rate * H200.num_sms))
-    parts = sliced / H200.num_sms * block_m * block_n / 4096
-    added = named["ADD_SLICE"] * t.split_k + named["ADD_PART"] * parts
-    us += (t.split_k > 1) * (added + named["AFTER"] * (t.whole > 0))
+    sums = np.where(t.even, t.programs, (t.split_k > 1) * tiles * t.split_k)
+    us += named["ADD_PART"] * sums / H200.num_sms * block_m * block_n / 4096
+    us += np.where(t.even, named["ADD_EVEN"], (t.split_k > 1) * named["ADD_SLICE"] * t.split_k)
     read_bytes = np.where(fine, named["READ_FINE_BYTES"], named["READ_BYTES"])
     return np.maximum(us, t.n * t.k * weight_bytes / read_bytes)
 
@@ -254,6 +256,7 @@ def written(constants: Constants) -> str:
         fields += f", alone={_digits(alone)}, shared={_digits(shared)}"
         fields += "" if tile.pipelined else ", pipelined=False"
         fields += f", coarse_slices={tile.coarse_slices}" if tile.coarse_slices > 1 else ""
+        fields += ", shares=True" if tile.shares else ""
         lines.append(f"    HopperTile({fields}),")
     named = zip(NAMED, constants.named, strict=True)
     return "\n".join([*lines, ")", *(f"{name} = {_digits(value)}" for name, value in named)])

@@ -63,11 +63,9 @@ def candidates(p: Point, target: Arch) -> list:
     plans: list = []
     if p.m <= 4:
         plans += [*_gemv_plans(p, target), *_decode_plans(p, target)]
-    for tile, split_k, whole in dispatch_hopper.candidates(p.problem, target.num_sms):
+    for choice in dispatch_hopper.candidates(p.problem, target.num_sms):
         for pdl in (False, True) if p.m < 64 else (True,):
-            shape = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
-            plan = HopperPlan(*shape, split_k, whole, pdl=pdl, pipelined=tile.pipelined)
-            plans.append(plan)
+            plans.append(dispatch_hopper.plan_of(*choice, pdl=pdl))
     if p.m >= 1024:
         rows = dispatch.workspace_rows(p.problem)
         # a small weight has no smaller workspace
@@ -119,7 +117,10 @@ def _weight(n: int, k: int, group_size: int, zero: str) -> tuple[tuple, Tensor]:
 def _job(plan, p: Point) -> tuple:
     """What compiles apart: of the slices of K, whether there are any; and of M, up to a tile."""
     if isinstance(plan, HopperPlan):
-        plan = dataclasses.replace(plan, split_k=min(plan.split_k, 2), whole=0)
+        plan = dataclasses.replace(plan, split_k=min(plan.split_k, 2))
+        if plan.programs:
+            # of the narrow weight, fewer programs than tiles
+            plan = dataclasses.replace(plan, programs=CHECKED_ROWS // plan.block_n - 1)
     return plan, p.group_size, p.zero, min(p.m, getattr(plan, "block_m", p.m))
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from w4tensor import dispatch_int8
 from w4tensor.dispatch import (
-    DEQUANT_FROM_M,
     GEMV_INT8_PRODUCTS,
     Arch,
     Problem,
@@ -131,8 +130,7 @@ FINE = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=
         (TILE_FINE_MAX_M, Int8Plan),
         (TILE_FINE_MAX_M + 1, ActQuantHopperPlan),
         (128, ActQuantHopperPlan),
-        (DEQUANT_FROM_M - 1, ActQuantHopperPlan),
-        (DEQUANT_FROM_M, ActQuantRoundedPlan),
+        (16384, ActQuantHopperPlan),
     ],
 )
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_products_that_wait_until_activations_are_quantised(n, k, act, m, overla
 
 def test_long_prompts_with_a_scale_a_token_are_not_rounded():
     p = Problem(m=4096, n=28672, k=4096, group_size=128, act="int8", act_group_size=-1)
-    for m in (256, 1024, 4096, 2 * DEQUANT_FROM_M):
+    for m in (256, 1024, 4096, 16384):
         assert isinstance(plan_act_quant(replace(p, m=m), H200), Int8Plan)
 
 

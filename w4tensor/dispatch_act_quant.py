@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from w4tensor.dispatch import (
-    DEQUANT_FROM_M,
     HOPPER,
     KWIDTH_2_EVERYWHERE,
     Arch,
@@ -215,7 +214,7 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
     """The plan for x rounded in 16 bits, where there is one that may be the fastest."""
     if p.batch > 1 or not (is_fine(p) or serves_int8(p, arch)):
         return None
-    if serves(p, arch) and p.m < DEQUANT_FROM_M:
+    if serves(p, arch):
         gemm = plan_hopper(p, arch)
         evenly = is_placed_evenly(p, gemm, arch)
         return ActQuantHopperPlan(gemm, quantizing_overlaps(p, evenly))

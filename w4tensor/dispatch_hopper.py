@@ -2,28 +2,27 @@
 
 Up to RESIDENT programs of a tile share a multiprocessor. A step of 128 k takes a program `alone` us
 when it has the multiprocessor to itself; several take `shared` us each, if that is more; scales
-finer than a step add to both. With P programs on S multiprocessors, of ceil(K / 128 / slices)
-steps, and FILL more for the first to arrive,
+finer than a step add to both. With P programs of one tile or slice on S multiprocessors, of
+ceil(K / 128 / slices) steps, and FILL more for the first to arrive,
 
     us = (steps + FILL) * sum over rounds of RESIDENT * S programs of
              max(alone, shared * programs on a multiprocessor)
 
-once for the tiles that are not cut and once for the slices of the others. It is never less than
-FILL * alone and the time in which all tiles' x and weights come from L2, at L2_BYTES for each
-multiprocessor, or L2_FAR_BYTES where x is large: tiles of 64 rows at many tokens are bound by that.
-Where sums of slices are added, that is ADD_SLICE * slices more, ADD_PART * tile / 4096 for each sum
-that a multiprocessor stores, and AFTER if some tiles are not cut. Nor is it less than the time of
-reading the weights at READ_BYTES, or where scales are finer than a step at READ_FINE_BYTES. The
-tile and the split with the least predicted time are taken.
+Where RESIDENT * S programs share the tiles, FILL is there once, and if they share them evenly, each
+has as many steps as any other. It is never less than FILL * alone and the time in which all tiles'
+x and weights come from L2, at L2_BYTES for each multiprocessor, or L2_FAR_BYTES where x is large:
+tiles of 64 rows at many tokens are bound by that. Where sums are added, that is ADD_SLICE * slices
+or ADD_EVEN more, and ADD_PART * tile / 4096 for each sum that a multiprocessor stores. Nor is it
+less than the time of reading the weights at READ_BYTES, or where scales are finer than a step at
+READ_FINE_BYTES. The candidate with the least predicted time is taken.
 
 The constants are what `python -m benchmarks.fit` made of benchmarks/results/tune.csv, from those
-before: 22 shapes, 3 to 2048 tokens, each point's tiles timed in turn in one run on an H200, those
-of 7 slices and more in a second one. At 307 points of that file the choice takes 1.000 times the
-best measured plan in the middle, 1.061 at 95 % and at most 1.153. Without one shape, 22 times, the
-fit takes 1.000, 1.091 and 1.334 on that shape, at the 302 of 307 points that have its choice.
-L2_FAR_BYTES came after 129 points, whose choice a fit without it had changed, were timed on another
-H200 with both choices: at many tokens tiles of 128 x 128 were up to 15 % faster there than those of
-128 x 64. Where today's choice is one of the two (93 points), it loses 1.1 % on average.
+before: 22 shapes, 3 to 4096 tokens, each point's plans timed in turn in one run on an H200, those
+of 7 slices and more in a second one. Where programs may share tiles, those plans and the two to
+four best others were timed anew in one run, and rows of older ones dropped. At 338 points of that file
+the choice takes 1.000 times the best measured plan in the middle, 1.057 at 95 % and at most 1.153.
+Without one shape, 22 times, the fit takes 1.000, 1.128 and 1.334 on that shape, at the 332 of 338
+points that have its choice.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where, and
 `python -m benchmarks.fit --leave-out` on shapes that are left out.
@@ -33,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from w4tensor.dispatch import HOPPER, Arch, Problem
 
@@ -51,6 +51,9 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8, 12)
 MIN_STEPS = 3
 # rows and columns of sums that leave no registers for zero points (tests/kernels/lowering)
 NO_ZERO_POINTS = (96, 128)
+# steps of a tile from which programs may share tiles: an end and a beginning of as many as a ring
+# has stages, and some more
+MIN_SHARED_STEPS = 12
 # what the partial sums of a split may take
 WORKSPACE_BYTES = 32 << 20
 # of a multiprocessor, for the stages of its programs
@@ -63,7 +66,10 @@ class HopperPlan:
 
     Fields:
         block_m, block_n: tokens and rows of a program.
-        split_k: slices of K. whole: of how many tiles K is not cut, those that fill the card.
+        split_k: slices of K, a program each.
+        programs: instead, how many programs share the tiles, if there are more tiles than those
+            (kernels/gemm_hopper_persistent.py); 0: a program for each tile or slice.
+        even: whether they share the last tiles' steps evenly, or have whole tiles.
         group_n: row tiles that share x in L2.
         pdl: start under programmatic dependent launch and read weights before the kernel ahead is
             done.
@@ -76,16 +82,18 @@ class HopperPlan:
     num_warps: int
     num_stages: int
     split_k: int = 1
-    whole: int = 0
+    programs: int = 0
+    even: bool = False
     group_n: int = 8
     pdl: bool = False
     pipelined: bool = True
 
     @property
     def name(self) -> str:
-        after = f" after {self.whole}" if self.whole else ""
         how = "" if self.pipelined else " unpipelined"
-        return f"gemm {self.block_m}x{self.block_n}/{self.split_k}{after}{how}"
+        shared = f" by {self.programs}{' evenly' if self.even else ''}"
+        parts = shared if self.programs else f"/{self.split_k}"
+        return f"gemm {self.block_m}x{self.block_n}{parts}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,8 @@ class HopperTile:
 
     Fields:
         coarse_slices: the fewest slices that it may serve by where groups are not finer than a
-            step; if more than 1, all tiles are cut.
+            step.
+        shares: whether programs may share its tiles. Not measured to be of use for the others.
     """
 
     block_m: int
@@ -106,49 +115,65 @@ class HopperTile:
     shared: float
     pipelined: bool = True
     coarse_slices: int = 1
+    shares: bool = False
+
+
+class Candidate(NamedTuple):
+    """A tile, and how its tiles are divided among programs: as HopperPlan has it."""
+
+    tile: HopperTile
+    split_k: int
+    programs: int
+    even: bool
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.411, shared=0.185),
-    HopperTile(8, 128, 4, 4, resident=3, alone=0.644, shared=0.246),
-    HopperTile(16, 64, 4, 4, resident=5, alone=0.293, shared=0.180),
-    HopperTile(16, 128, 4, 4, resident=3, alone=0.445, shared=0.333),
-    HopperTile(32, 64, 4, 4, resident=4, alone=0.316, shared=0.219),
-    HopperTile(32, 128, 4, 4, resident=2, alone=0.643, shared=0.321),
-    HopperTile(64, 64, 4, 4, resident=2, alone=0.341, shared=0.278),
-    HopperTile(64, 128, 4, 4, resident=2, alone=0.536, shared=0.454),
-    HopperTile(96, 64, 4, 4, resident=1, alone=0.443, shared=0.443),
-    HopperTile(96, 64, 4, 3, resident=2, alone=0.692, shared=0.295),
-    HopperTile(96, 128, 4, 3, resident=2, alone=1.194, shared=0.562),
-    HopperTile(128, 64, 4, 3, resident=2, alone=0.720, shared=0.327),
-    HopperTile(128, 64, 4, 4, resident=1, alone=0.467, shared=0.467),
-    HopperTile(128, 128, 8, 3, resident=1, alone=0.756, shared=0.756),
-    HopperTile(192, 64, 4, 2, resident=2, alone=1.135, shared=0.485),
-    HopperTile(192, 64, 4, 3, resident=1, alone=0.632, shared=0.632),
-    HopperTile(256, 128, 8, 3, resident=1, alone=1.349, shared=1.349),
+    HopperTile(8, 64, 4, 4, resident=5, alone=0.413, shared=0.188),
+    HopperTile(8, 128, 4, 4, resident=3, alone=0.656, shared=0.256, shares=True),
+    HopperTile(16, 64, 4, 4, resident=5, alone=0.313, shared=0.182),
+    HopperTile(16, 128, 4, 4, resident=3, alone=0.443, shared=0.349, shares=True),
+    HopperTile(32, 64, 4, 4, resident=4, alone=0.337, shared=0.232),
+    HopperTile(32, 128, 4, 4, resident=2, alone=0.681, shared=0.321, shares=True),
+    HopperTile(64, 64, 4, 4, resident=2, alone=0.367, shared=0.280),
+    HopperTile(64, 128, 4, 4, resident=2, alone=0.532, shared=0.487, shares=True),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.465, shared=0.465),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.721, shared=0.295),
+    HopperTile(96, 128, 4, 3, resident=2, alone=0.765, shared=0.621),
+    HopperTile(128, 64, 4, 3, resident=2, alone=0.750, shared=0.365, shares=True),
+    HopperTile(128, 64, 4, 4, resident=1, alone=0.501, shared=0.501),
+    HopperTile(128, 128, 8, 3, resident=1, alone=0.806, shared=0.806, shares=True),
+    HopperTile(192, 64, 4, 2, resident=2, alone=1.128, shared=0.485),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.646, shared=0.646),
+    HopperTile(256, 128, 8, 3, resident=1, alone=1.440, shared=1.440, shares=True),
     # 16 tokens, us: 6144 x 4096 7.8 by 4 slices, pipelined 8.9; 8192 x 28672 43 by 8, 49 by 2; but
     # (in earlier runs) 28672 x 4096 25 whole, 23. The last: 12352 x 2048, 256 tokens, 20, 26
-    HopperTile(16, 64, 4, 4, 6, alone=0.393, shared=0.158, pipelined=False, coarse_slices=4),
-    HopperTile(16, 128, 4, 3, 4, alone=0.486, shared=0.294, pipelined=False, coarse_slices=4),
-    HopperTile(32, 128, 4, 4, 3, alone=0.759, shared=0.288, pipelined=False, coarse_slices=4),
-    HopperTile(64, 128, 4, 3, 3, alone=1.156, shared=0.431, pipelined=False, coarse_slices=4),
-    HopperTile(128, 64, 4, 2, 3, alone=1.127, shared=0.344, pipelined=False),
+    HopperTile(16, 64, 4, 4, 6, alone=0.424, shared=0.166, pipelined=False, coarse_slices=4),
+    HopperTile(
+        16, 128, 4, 3, 4, alone=0.512, shared=0.301, pipelined=False, coarse_slices=4, shares=True
+    ),
+    HopperTile(
+        32, 128, 4, 4, 3, alone=0.793, shared=0.309, pipelined=False, coarse_slices=4, shares=True
+    ),
+    HopperTile(
+        64, 128, 4, 3, 3, alone=1.197, shared=0.435, pipelined=False, coarse_slices=4, shares=True
+    ),
+    HopperTile(128, 64, 4, 2, 3, alone=1.117, shared=0.400, pipelined=False),
 )
-FILL = 3.412
-ADD_SLICE = 0.216
-ADD_PART = 0.946
-AFTER = 0.934
+FILL = 2.442
+ADD_SLICE = 0.228
+ADD_PART = 1.147
+ADD_EVEN = 1.165
 # a us; of L2, a us and a multiprocessor
 READ_BYTES = 4.366e6
 READ_FINE_BYTES = 3.807e6
-L2_BYTES = 100.004e3
+L2_BYTES = 96.429e3
 # the same where x has more bytes than this
-L2_FAR_BYTES = 83.734e3
+L2_FAR_BYTES = 79.852e3
 NEAR_BYTES = 4 << 20
 # what scales finer than a step add to `alone` and to `shared`, and to both in large tiles
-FINE_ALONE = 0.178
-FINE_SHARED = 0.024
-FINE_LARGE = 0.090
+FINE_ALONE = 0.179
+FINE_SHARED = 0.026
+FINE_LARGE = 0.075
 LARGE_M = 96
 # tokens from which the next kernel's early programs never crowd out this one's, and weights
 PDL_MIN_M = 32
@@ -171,19 +196,17 @@ def plan_hopper(p: Problem, arch: Arch) -> HopperPlan:
     >>> h200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))
     >>> p = Problem(m=1024, n=28672, k=4096, group_size=128, act="bf16")
     >>> plan_hopper(p, h200).name
-    'gemm 256x128/1'
+    'gemm 256x128 by 132'
     """
-    tile, split_k, whole = _best(p, arch.num_sms)
-    return HopperPlan(
-        tile.block_m,
-        tile.block_n,
-        tile.num_warps,
-        tile.num_stages,
-        split_k,
-        whole,
-        pdl=split_k > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS,
-        pipelined=tile.pipelined,
-    )
+    tile, split_k, programs, even = _best(p, arch.num_sms)
+    early = split_k > 1 or p.m >= PDL_MIN_M or p.n * p.k <= PDL_WEIGHTS
+    return plan_of(tile, split_k, programs, even, pdl=early)
+
+
+def plan_of(tile: HopperTile, split_k: int, programs: int, even: bool, pdl: bool) -> HopperPlan:
+    """The plan of a candidate."""
+    shape = tile.block_m, tile.block_n, tile.num_warps, tile.num_stages
+    return HopperPlan(*shape, split_k, programs, even, pdl=pdl, pipelined=tile.pipelined)
 
 
 def hopper_us(p: Problem, arch: Arch) -> float:
@@ -193,19 +216,19 @@ def hopper_us(p: Problem, arch: Arch) -> float:
 
 def is_placed_evenly(p: Problem, plan: HopperPlan, arch: Arch) -> bool:
     """Whether no multiprocessor has the memory for more of the plan's programs than its share."""
-    tiles = -(-p.n // plan.block_n) * -(-p.m // plan.block_m)
-    programs = plan.whole + (tiles - plan.whole) * plan.split_k
+    programs = plan.programs or _tiles(p, plan) * plan.split_k
     # 128 numbers of each token, 128 codes of each row
     stage_bytes = 256 * plan.block_m + 64 * plan.block_n
     return SHARED_BYTES // (plan.num_stages * stage_bytes) <= -(-programs // arch.num_sms)
 
 
-def _best(p: Problem, num_sms: int) -> tuple[HopperTile, int, int]:
+def _best(p: Problem, num_sms: int) -> Candidate:
     return min(candidates(p, num_sms), key=lambda choice: predicted_us(p, num_sms, *choice))
 
 
-def candidates(p: Problem, num_sms: int) -> Iterator[tuple[HopperTile, int, int]]:
-    """Tiles with as many slices as their K may have, and how many tiles are not cut."""
+def candidates(p: Problem, num_sms: int) -> Iterator[Candidate]:
+    """Tiles with as many slices as their K may have, or with programs that share them."""
+    steps = -(-p.k // 128)
     for tile in TILES:
         # no more than half of a tile may be empty
         if tile.block_m >= 2 * max(p.m, 8):
@@ -219,18 +242,20 @@ def candidates(p: Problem, num_sms: int) -> Iterator[tuple[HopperTile, int, int]
         fill = tile.resident * num_sms
         least = tile.coarse_slices if p.group_size >= 128 else 1
         for split_k in SPLITS:
-            whole = tiles // fill * fill if split_k > 1 else 0
-            if split_k < least or (least > 1 and whole):
-                continue
-            sums = (tiles - whole) * (split_k - 1) * tile.block_m * tile.block_n * 4
-            few = -(-p.k // 128) < MIN_STEPS * split_k
-            many = (tiles - whole) * split_k > 2 * fill
-            if split_k == 1 or not (few or many or sums > WORKSPACE_BYTES or tiles == whole):
-                yield tile, split_k, whole
+            sums = tiles * (split_k - 1) * tile.block_m * tile.block_n * 4
+            few = steps < MIN_STEPS * split_k
+            many = tiles * split_k > 2 * fill
+            too_much = split_k > 1 and (few or many or sums > WORKSPACE_BYTES)
+            if split_k >= least and not too_much:
+                yield Candidate(tile, split_k, 0, False)
+        if tile.shares and tiles > fill and steps >= MIN_SHARED_STEPS:
+            yield Candidate(tile, 1, fill, False)
+            if tiles % fill:
+                yield Candidate(tile, 1, fill, True)
 
 
-def _tiles(p: Problem, tile: HopperTile) -> int:
-    return -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
+def _tiles(p: Problem, of: HopperTile | HopperPlan) -> int:
+    return -(-p.n // of.block_n) * -(-p.m // of.block_m)
 
 
 def step_us(programs: int, num_sms: int, resident: int, alone: float, shared: float) -> float:
@@ -240,7 +265,9 @@ def step_us(programs: int, num_sms: int, resident: int, alone: float, shared: fl
     return us + max(alone, -(-rest // num_sms) * shared) if rest else us
 
 
-def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole: int) -> float:
+def predicted_us(
+    p: Problem, num_sms: int, tile: HopperTile, split_k: int, programs: int, even: bool
+) -> float:
     """Microseconds on an H200, as the formula at the top of this file says."""
     alone, shared = tile.alone, tile.shared
     if p.group_size < 128:
@@ -248,17 +275,20 @@ def predicted_us(p: Problem, num_sms: int, tile: HopperTile, split_k: int, whole
         alone += FINE_LARGE if large else FINE_ALONE
         shared += FINE_LARGE if large else FINE_SHARED
     steps = -(-p.k // 128)
-    sliced = (_tiles(p, tile) - whole) * split_k
-    us = 0.0
-    for programs, slices in ((whole, 1), (sliced, split_k)):
-        step = step_us(programs, num_sms, tile.resident, alone, shared)
-        us += (-(-steps // slices) + FILL) * step
+    tiles = _tiles(p, tile)
+    full = max(alone, tile.resident * shared)
+    if even:
+        us = (tiles * steps / programs + FILL) * full
+    else:
+        per_step = step_us(tiles * split_k, num_sms, tile.resident, alone, shared)
+        us = -(-steps // split_k) * per_step + FILL * (full if programs else per_step)
     weight_bytes = 0.5 + 2 / p.group_size
-    l2_bytes = _tiles(p, tile) * p.k * (2 * tile.block_m + weight_bytes * tile.block_n)
+    l2_bytes = tiles * p.k * (2 * tile.block_m + weight_bytes * tile.block_n)
     rate = L2_BYTES if 2 * p.m * p.k <= NEAR_BYTES else L2_FAR_BYTES
     us = max(us, FILL * alone + l2_bytes / (rate * num_sms))
-    if split_k > 1:
-        parts = sliced / num_sms * tile.block_m * tile.block_n / 4096
-        us += ADD_SLICE * split_k + ADD_PART * parts + AFTER * (whole > 0)
+    if split_k > 1 or even:
+        sums = programs if even else tiles * split_k
+        us += ADD_PART * sums / num_sms * tile.block_m * tile.block_n / 4096
+        us += ADD_EVEN if even else ADD_SLICE * split_k
     read_bytes = READ_FINE_BYTES if p.group_size < 128 else READ_BYTES
     return max(us, p.n * p.k * weight_bytes / read_bytes)

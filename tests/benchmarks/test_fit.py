@@ -10,7 +10,7 @@ import pytest
 from benchmarks import fit, rows, tune
 from benchmarks.fit import H200, Constants, Table
 from w4tensor import dispatch_hopper
-from w4tensor.dispatch_hopper import TILES, HopperPlan, HopperTile
+from w4tensor.dispatch_hopper import TILES, HopperTile
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,9 @@ def stand(monkeypatch, constants: Constants) -> tuple[HopperTile, ...]:
 def by_the_rule(p: tune.Point) -> dict[str, float]:
     """Times of all candidates as the rule predicts them, as rows have them."""
     times = {}
-    for tile, split_k, whole in dispatch_hopper.candidates(p.problem, H200.num_sms):
-        fields = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, split_k, whole)
-        plan = HopperPlan(*fields, pipelined=tile.pipelined)
-        us = dispatch_hopper.predicted_us(p.problem, H200.num_sms, tile, split_k, whole)
-        times[tune.written(plan)] = us
+    for choice in dispatch_hopper.candidates(p.problem, H200.num_sms):
+        us = dispatch_hopper.predicted_us(p.problem, H200.num_sms, *choice)
+        times[tune.written(dispatch_hopper.plan_of(*choice, pdl=False))] = us
     return times
 
 
@@ -68,7 +66,7 @@ def test_predictions_and_choices_are_the_rules(measured, constants, monkeypatch)
     tiles = stand(monkeypatch, constants)
     expected = [
         dispatch_hopper.predicted_us(t.points[point].problem, H200.num_sms, tiles[tile], *cut)
-        for point, tile, *cut in zip(t.point, t.tile, t.split_k, t.whole, strict=True)
+        for point, tile, *cut in zip(t.point, t.tile, t.split_k, t.programs, t.even, strict=True)
     ]
     np.testing.assert_allclose(fit.predicted_us(t, constants), expected, rtol=1e-9)
     for p, chosen in zip(t.points, fit.choices(t, constants), strict=True):
@@ -80,7 +78,8 @@ def test_predictions_and_choices_are_the_rules(measured, constants, monkeypatch)
             tile.num_stages,
             tile.pipelined,
         )
-        assert (plan.split_k, plan.whole) == (t.split_k[chosen], t.whole[chosen])
+        how = t.split_k[chosen], t.programs[chosen], t.even[chosen]
+        assert (plan.split_k, plan.programs, plan.even) == how
 
 
 def test_every_row_of_a_candidate_is_found(measured):

@@ -97,9 +97,9 @@ def run(plan, x, w, bias=None, dtype=None):
     return y
 
 
-def plan_of(tile: HopperTile, split_k: int = 1, pdl: bool = False, whole: int = 0) -> HopperPlan:
+def plan_of(tile: HopperTile, split_k: int = 1, pdl: bool = False) -> HopperPlan:
     shape = tile.block_m, tile.block_n, tile.num_warps, tile.num_stages
-    return HopperPlan(*shape, split_k, whole, pdl=pdl, pipelined=tile.pipelined)
+    return HopperPlan(*shape, split_k, pdl=pdl, pipelined=tile.pipelined)
 
 
 def name(tile: HopperTile) -> str:
@@ -156,34 +156,6 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
         assert expected.isfinite().all()
         for _ in range(5):
             assert torch.equal(chain(plan_of(tile, split, pdl=True)), expected), split
-
-
-@pytest.mark.parametrize("tile", SEVERAL, ids=name)
-def test_slices_of_the_last_tiles_only(tile):
-    w = weight_of(Case(5 * tile.block_n - 8, 1024, 128))
-    x = torch.randn(tile.block_m, 1024, device="cuda", dtype=torch.bfloat16)
-    # in fp32: rounded to bf16, the two orders of addition may agree everywhere
-    one, cut = run(plan_of(tile), x, w, None, FULL), run(plan_of(tile, 3), x, w, None, FULL)
-    assert not torch.equal(one, cut)
-    for whole in range(6):
-        rows = whole * tile.block_n
-        y = run(plan_of(tile, 3, whole=whole), x, w, None, FULL)
-        assert torch.equal(y[:, :rows], one[:, :rows]), whole
-        assert torch.equal(y[:, rows:], cut[:, rows:]), whole
-
-
-@pytest.mark.parametrize("tile", TILES, ids=name)
-def test_a_tile_that_is_cut_leaves_the_tokens_of_one_that_is_not(tile):
-    w = weight_of(Case(tile.block_n, 1024, 128))
-    # the last tile has three tokens
-    m = 2 * tile.block_m + 3
-    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
-    one, cut = run(plan_of(tile), x, w, None, FULL), run(plan_of(tile, 3), x, w, None, FULL)
-    for whole in range(3):
-        tokens = whole * tile.block_m
-        y = run(plan_of(tile, 3, whole=whole), x, w, None, FULL)
-        assert torch.equal(y[:tokens], one[:tokens]), whole
-        assert torch.equal(y[tokens:], cut[tokens:]), whole
 
 
 def captured(plan, x, w, pool=None):

@@ -5,23 +5,25 @@ Tiles, slices of K and the ordered sums of slices are those of hopper_slices.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from w4tensor.kernels.gemm_hopper_persistent import gemm_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import accumulate, layout_of_rows
-from w4tensor.kernels.hopper_memory import as_halves, barrier, descriptor, store, tokens_of
+from w4tensor.kernels.hopper_memory import barrier, descriptor, tokens_of
+from w4tensor.kernels.hopper_output import finish
 from w4tensor.kernels.hopper_slices import (
     add_parts,
     await_parts,
+    first_tokens,
     memory_of_sums,
-    slice_at,
     store_part,
     tile_at,
     token_of_launch,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 _SCALES_FIRST = gl.constexpr(64 * 64)
 
 
-@gluon.jit(do_not_specialize=["token", "M", "steps", "whole", "split_k"])
+@gluon.jit(do_not_specialize=["token", "M", "steps", "split_k"])
 def _gemm_hopper_kernel(
     x_desc,
     # of the second run of tokens, where a tile has two
@@ -59,8 +61,6 @@ def _gemm_hopper_kernel(
     N,
     steps,
     n_groups,
-    # tiles that are not cut: the first ones
-    whole,
     split_k,
     GROUP_N: gl.constexpr,
     # 0 where the row is one group
@@ -80,34 +80,28 @@ def _gemm_hopper_kernel(
     HALVES: gl.constexpr = len(x_desc.block_shape) == 3
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    tile = gl.program_id(0)
-    slices = 1
-    k_slice = 0
-    if part_ptr is not None:
-        tile, k_slice, slices = slice_at(tile, whole, split_k)
+    tile = gl.program_id(0) // split_k
+    k_slice = gl.program_id(0) % split_k
     n0, m0 = tile_at(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
     n0 *= BLOCK_N
     m0 *= BLOCK_M
     if BLOCK_M < 256:
-        # the last tile begins early enough to be whole, if those that it shares tokens with sum
-        # over the same slices: which of them stores last does not matter then
-        if part_ptr is None or whole == 0:
-            m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
-    begin = steps * k_slice // slices
-    end = steps * (k_slice + 1) // slices
+        # the last tile begins early enough to be whole; which of those that share tokens stores
+        # last does not matter, as they sum over the same slices
+        m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
+    begin = steps * k_slice // split_k
+    end = steps * (k_slice + 1) // split_k
     r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
     row = gl.minimum(n0 + r, N - 1)
+    m = first_tokens(m0, M, FIRST, MORE)
     if MORE:
         x_descs = x_desc, more_x_desc
         y_descs = y_desc, more_y_desc
         columns = 0, FIRST
-        # where there are too few tokens, those that both runs have are computed twice
-        m = m0, gl.maximum(gl.minimum(m0 + FIRST, M - MORE), m0)
     else:
         x_descs = (x_desc,)
         y_descs = (y_desc,)
         columns = (0,)
-        m = (m0,)
     acc, xs = accumulate(
         x_descs,
         m,
@@ -134,8 +128,8 @@ def _gemm_hopper_kernel(
     )
     if part_ptr is not None:
         TILE: gl.constexpr = BLOCK_N * BLOCK_M
-        others = slices - 1
-        first = (tile - whole) * others
+        others = split_k - 1
+        first = tile * others
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
             for i in gl.static_range(len(acc)):
@@ -148,37 +142,9 @@ def _gemm_hopper_kernel(
         sums = acc[i]
         if part_ptr is not None:
             sums = add_parts(sums, parts + columns[i] * BLOCK_N, others, TILE)
-        _finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i], n0, m[i], M, N, HALVES)
-
-
-@gluon.jit
-def _finish(acc, bias_ptr, y_desc, y_ptr, xs, n0, m0, M, N, HALVES: gl.constexpr):
-    """acc [BN, BM] -> y[m0 .., n0 ..], through the memory of x, which is not needed any more."""
-    BLOCK_N: gl.constexpr = acc.shape[0]
-    BLOCK_M: gl.constexpr = acc.shape[1]
-    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, acc.type.layout))
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-        acc += bias.expand_dims(1)
+        finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i].index(0), n0, m[i], M, N, HALVES)
     if y_desc is not None:
-        ys = xs.index(0).slice(0, BLOCK_N, 1)
-        barrier()
-        ys.permute((1, 0)).store(acc.to(y_desc.dtype))
-        fence_async_shared()
-        barrier()
-        if len(y_desc.block_shape) == 3:
-            LAYOUT: gl.constexpr = y_desc.layout
-            store(y_desc, [0, 0, n0], as_halves(ys, LAYOUT))
-        else:
-            store(y_desc, [m0, n0], ys)
         tma.store_wait(0)
-    else:
-        m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, acc.type.layout))
-        if HALVES:
-            m += gl.where(m < BLOCK_M // 2, 0, M - BLOCK_M)
-        mask = (n < N).expand_dims(1) & (m < M).expand_dims(0)
-        at = m.to(gl.int64).expand_dims(0) * N + n.expand_dims(1)
-        gl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # rows of a tile of up to 64 tokens
@@ -211,6 +177,7 @@ _BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (
 MAX_REGISTERS = {(8, 64): 80} if _BEFORE_3_9 else {}
 
 _launch_gemm = Launcher(_gemm_hopper_kernel, anew={"token": token_of_launch})
+_launch_persistent = Launcher(gemm_hopper_persistent_kernel, anew={"token": token_of_launch})
 
 
 def gemm_hopper(
@@ -234,17 +201,22 @@ def gemm_hopper(
     steps = words.shape[-1] // 16
     tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     split_k = min(plan.split_k, steps)
-    cut = tiles - plan.whole
-    # slices whose sums are stored
-    stored = cut * (split_k - 1)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     first, second = boxes_of_tokens(plan.block_m, m)
-    tile = plan.block_m, plan.block_n
-    shortest = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
-    scale_a_step = n_groups == 1 or group_size >= 128
-    all_cut = split_k > 1 and plan.whole == 0
-    capped = tile in MAX_REGISTERS and shortest and scale_a_step and all_cut
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
+    options: dict[str, Any] = {"launch_pdl": True} if plan.pdl else {}
+    # rounds of whole tiles before what is shared evenly, and sums that are stored
+    rounds, stored = 0, tiles * (split_k - 1)
+    if plan.programs:
+        rounds = tiles // plan.programs - 1
+        # one by one, y takes registers for addresses, which only the other kernel has
+        stored = plan.programs if plan.even or not by_tiles else 0
+    else:
+        shortest = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
+        scale_a_step = n_groups == 1 or group_size >= 128
+        if split_k > 1 and shortest and scale_a_step:
+            cap = MAX_REGISTERS.get((plan.block_m, plan.block_n))
+            options |= {"maxnreg": cap} if cap else {}
 
     parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
 
@@ -255,8 +227,9 @@ def gemm_hopper(
         stored = tokens and by_tiles
         return descriptor(y, (m, n), n, (*tokens, plan.block_n), dtype) if stored else None
 
-    _launch_gemm(
-        (plan.whole + cut * split_k,),
+    launch = _launch_persistent if plan.programs else _launch_gemm
+    launch(
+        (plan.programs or tiles * split_k,),
         of_x(first),
         of_x(second),
         descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
@@ -273,8 +246,7 @@ def gemm_hopper(
         n,
         steps,
         n_groups,
-        plan.whole,
-        split_k,
+        *((tiles, rounds) if plan.programs else (split_k,)),
         GROUP_N=plan.group_n,
         GROUP=0 if n_groups == 1 else group_size,
         TOGETHER=groups_together(n_groups, group_size, plan.block_m),
@@ -284,6 +256,5 @@ def gemm_hopper(
         PDL=plan.pdl,
         PIPELINED=plan.pipelined,
         num_warps=plan.num_warps,
-        **({"launch_pdl": True} if plan.pdl else {}),
-        **({"maxnreg": MAX_REGISTERS[tile]} if capped else {}),
+        **options,
     )

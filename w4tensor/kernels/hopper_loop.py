@@ -34,6 +34,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -156,6 +157,15 @@ def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
 
 
 @gluon.jit
+def _either(which, one, other):
+    """One of two tuples of as many numbers."""
+    if len(one) == 1:
+        return (gl.where(which, one[0], other[0]),)
+    else:
+        return gl.where(which, one[0], other[0]), gl.where(which, one[1], other[1])
+
+
+@gluon.jit
 def _words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
     """Words [BN, t, i] of a step."""
     BN: gl.constexpr = stage.shape[0]
@@ -203,6 +213,29 @@ def _groups(
 
 
 @gluon.jit
+def fetch_factors(
+    scale_ptr,
+    zero_ptr,
+    row,
+    step,
+    n_groups,
+    BLOCK_N: gl.constexpr,
+    GROUP: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    ACT_QUANT: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Scales of a step, and zero points if there are any."""
+    WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
+    ACROSS: gl.constexpr = _across(ACT_QUANT)
+    scale = _groups(scale_ptr, row, step, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
+    if zero_ptr is None:
+        return (scale,)
+    else:
+        return scale, _groups(zero_ptr, row, step, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
+
+
+@gluon.jit
 def _operand(
     words,
     terms,
@@ -233,17 +266,18 @@ def _operand(
 
 
 @gluon.jit
-def _prepare(scale, zero, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
+def _prepare(factors, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
     """What a step's scales and zero points become for _operand(), of its two halves."""
     # of a row, before they are those of its words
     if FAST:
         terms = gl.inline_asm_elementwise(
-            _SCALES, "=r,=r,=r,h", [scale], dtype=(gl.int32,) * 3, is_pure=True, pack=1
+            _SCALES, "=r,=r,=r,h", [factors[0]], dtype=(gl.int32,) * 3, is_pure=True, pack=1
         )
+    elif len(factors) == 1:
+        terms = scaling_terms(factors[0].to(gl.float32), None, DTYPE, True)
     else:
-        if zero is not None:
-            zero = zero.to(gl.float32)
-        terms = scaling_terms(scale.to(gl.float32), zero, DTYPE, True)
+        zero = factors[1].to(gl.float32)
+        terms = scaling_terms(factors[0].to(gl.float32), zero, DTYPE, True)
     first = ()
     second = ()
     for i in gl.static_range(len(terms)):
@@ -287,6 +321,219 @@ def _settle(acc, z, newest, PIPELINED: gl.constexpr):
 
 
 @gluon.jit
+def open_ring(x_desc, w_desc, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Memory of x and of words, STAGES steps of each, and barriers that say when a step is there.
+
+    x_desc and the memory of x: one or two, for as many runs of tokens. Boxes of x are [BM, 128], or
+    [2, BM / 2, 128] of all tokens.
+    """
+    DTYPE: gl.constexpr = x_desc[0].dtype
+    BLOCK_M: gl.constexpr = tokens_of(x_desc[0].block_shape)
+    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 128], DTYPE)
+    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], X),)
+    if len(x_desc) == 2:
+        MORE: gl.constexpr = x_desc[1].block_shape[0]
+        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, MORE, 128], x_desc[1].layout),)
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+    fence_async_shared()
+    barrier()
+    return xs, ws, full
+
+
+@gluon.jit
+def fetch_first(
+    ring,
+    x_desc,
+    x_row,
+    w_desc,
+    w_row,
+    up_row,
+    row,
+    scale_ptr,
+    zero_ptr,
+    n_groups,
+    begin,
+    end,
+    GROUP: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    ACT_QUANT: gl.constexpr,
+    GATE: gl.constexpr,
+    WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+    SCALES_FIRST: gl.constexpr,
+):
+    """Fetch steps begin .., as many as the ring holds -> the factors of the first one.
+
+    Parameters as add_steps() has them.
+    """
+    xs, ws, full = ring
+    STAGES: gl.constexpr = ws.shape[0]
+    for s in gl.static_range(STAGES):
+        ok = begin + s < end
+        _expect(xs, ws, full, s, ok)
+        fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
+    BLOCK_N: gl.constexpr = ws.shape[1]
+    if SCALES_FIRST:
+        factors = fetch_factors(
+            scale_ptr, zero_ptr, row, begin, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+        )
+    if PDL:
+        # weights are nobody's output; x is that of the kernel before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for s in gl.static_range(STAGES):
+        _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
+    if not SCALES_FIRST:
+        factors = fetch_factors(
+            scale_ptr, zero_ptr, row, begin, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+        )
+    return factors
+
+
+@gluon.jit
+def add_steps(
+    ring,
+    x_desc,
+    x_row,
+    w_desc,
+    w_row,
+    up_row,
+    row,
+    scale_ptr,
+    zero_ptr,
+    # of step `begin`
+    factors,
+    n_groups,
+    begin,
+    end,
+    steps,
+    # where in the ring that step is, and how often the ring came around, modulo 2
+    stage,
+    phase,
+    # rows and first step of what is to be fetched after step end - 1, if anything; or None
+    next_x_row,
+    next_w_row,
+    next_begin,
+    has_next,
+    # whether the stage before `stage` is free only when what is stored through it has been read
+    stores,
+    # 0 where the row is one group
+    GROUP: gl.constexpr,
+    # groups of a row that are loaded at a time (groups.py)
+    TOGETHER: gl.constexpr,
+    # whether W is in this format, or in COALESCED
+    ACT_QUANT: gl.constexpr,
+    GATE: gl.constexpr,
+    WARPS: gl.constexpr,
+    PIPELINED: gl.constexpr,
+):
+    """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`; stage and phase of the last one.
+
+    The ring has the first steps, at least one, as fetch_first() or a call before this left them. At
+    the end it has the first steps of what is next, in all stages but the last one, which is free;
+    that takes as many steps as there are stages.
+
+    x_desc, x_row and the sums: one or two, for as many runs of tokens. x_row, w_row: first rows of
+    x and of the words. up_row: of the words of up rows, where GATE is "halves". row [BN]: of the
+    scales and zero points, for each row of the operand.
+    """
+    xs, ws, full = ring
+    STAGES: gl.constexpr = ws.shape[0]
+    BLOCK_N: gl.constexpr = ws.shape[1]
+    DTYPE: gl.constexpr = x_desc[0].dtype
+    # an fp32 x is bf16 here, beside scales that are not
+    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
+    FAST: gl.constexpr = BF16 and zero_ptr is None
+    BLOCK_M: gl.constexpr = xs[0].shape[1]
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
+    if len(xs) == 2:
+        MORE: gl.constexpr = xs[1].shape[1]
+        acc += (gl.zeros([BLOCK_N, MORE], gl.float32, layout_of_sums(WARPS, MORE)),)
+    mbarrier.wait(full.index(stage), phase)
+    words = _words(ws.index(stage), WARPS, GATE)
+    words_a, words_b = _halves(words)
+    terms_a, terms_b = _prepare(factors, words, DTYPE, FAST)
+    following = gl.minimum(begin + 1, steps - 1)
+    factors = fetch_factors(
+        scale_ptr, zero_ptr, row, following, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+    )
+    z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+    acc = _multiply(z_a, xs, stage, 0, acc)
+    if has_next is not None:
+        if stores:
+            tma.store_wait(0)
+            barrier()
+            before = gl.where(stage == 0, STAGES - 1, stage - 1)
+            last = begin + STAGES - 1
+            _expect(xs, ws, full, before, True)
+            fetch_words(w_desc, ws, full, before, w_row, up_row, last, True, GATE)
+            _fetch_x(x_desc, xs, full, before, x_row, last, True)
+    acc, z_a = _wait(acc, z_a, 1 if PIPELINED else 0)
+    for step in range(begin + 1, end):
+        z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+        acc = _multiply(z_b, xs, stage, 1, acc)
+        done = stage
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        mbarrier.wait(full.index(stage), phase)
+        words = _words(ws.index(stage), WARPS, GATE)
+        acc, z_a, z_b = _settle(acc, z_a, z_b, PIPELINED)
+        words_a, words_b = _halves(words)
+        terms_a, terms_b = _prepare(factors, words, DTYPE, FAST)
+        # of the step after this one
+        following = gl.minimum(step + 1, steps - 1)
+        factors = fetch_factors(
+            scale_ptr,
+            zero_ptr,
+            row,
+            following,
+            n_groups,
+            BLOCK_N,
+            GROUP,
+            TOGETHER,
+            ACT_QUANT,
+            WARPS,
+        )
+        z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
+        acc = _multiply(z_a, xs, stage, 0, acc)
+        acc, z_b, z_a = _settle(acc, z_b, z_a, PIPELINED)
+        barrier()
+        ahead = step - 1 + STAGES
+        ok = ahead < end
+        at_x = x_row
+        at_w = w_row
+        if has_next is not None:
+            at_x = _either(ok, x_row, next_x_row)
+            at_w = gl.where(ok, w_row, next_w_row)
+            ahead = gl.where(ok, ahead, next_begin + ahead - end)
+            ok = ok | has_next
+        _expect(xs, ws, full, done, ok)
+        fetch_words(w_desc, ws, full, done, at_w, up_row, ahead, ok, GATE)
+        _fetch_x(x_desc, xs, full, done, at_x, ahead, ok)
+    z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
+    acc = _multiply(z_b, xs, stage, 1, acc)
+    acc, z_a = _wait(acc, z_a, 0)
+    acc, z_b = _wait(acc, z_b, 0)
+    if FAST:
+        UNIT: gl.constexpr = BF16_UNIT
+    elif DTYPE == gl.float16:
+        UNIT: gl.constexpr = 1.0 / FP16_LIFT
+    else:
+        UNIT: gl.constexpr = 1.0
+    if len(acc) == 1:
+        return (acc[0] * UNIT,), stage, phase
+    else:
+        return (acc[0] * UNIT, acc[1] * UNIT), stage, phase
+
+
+@gluon.jit
 def accumulate(
     x_desc,
     x_row,
@@ -301,11 +548,8 @@ def accumulate(
     end,
     steps,
     BLOCK_N: gl.constexpr,
-    # 0 where the row is one group
     GROUP: gl.constexpr,
-    # groups of a row that are loaded at a time (groups.py)
     TOGETHER: gl.constexpr,
-    # whether W is in this format, or in COALESCED
     ACT_QUANT: gl.constexpr,
     GATE: gl.constexpr,
     WARPS: gl.constexpr,
@@ -315,105 +559,56 @@ def accumulate(
     # whether to ask for the first step's scales before x
     SCALES_FIRST: gl.constexpr,
 ):
-    """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
-
-    x_desc, x_row, the sums and the memory of x: one or two, for as many runs of tokens.
-    Boxes of x are [BM, 128], or [2, BM / 2, 128] of all tokens. x_row, w_row: first rows of x and
-    of the words. up_row: of the words of up rows, where GATE is "halves". row [BN]: of the scales
-    and zero points, for each row of the operand.
-    """
-    DTYPE: gl.constexpr = x_desc[0].dtype
-    BLOCK_M: gl.constexpr = tokens_of(x_desc[0].block_shape)
-    # an fp32 x is bf16 here, beside scales that are not
-    BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
-    FAST: gl.constexpr = BF16 and zero_ptr is None
-    WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
-    ACROSS: gl.constexpr = _across(ACT_QUANT)
-    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-
-    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 128], DTYPE)
-    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], X),)
-    acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
-    if len(x_desc) == 2:
-        MORE: gl.constexpr = x_desc[1].block_shape[0]
-        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, MORE, 128], x_desc[1].layout),)
-        acc += (gl.zeros([BLOCK_N, MORE], gl.float32, layout_of_sums(WARPS, MORE)),)
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-    fence_async_shared()
-    barrier()
-    for s in gl.static_range(STAGES):
-        ok = begin + s < end
-        _expect(xs, ws, full, s, ok)
-        fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
-    zero = None
-    if SCALES_FIRST:
-        scale = _groups(scale_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-        if zero_ptr is not None:
-            zero = _groups(zero_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-    if PDL:
-        # weights are nobody's output; x is that of the kernel before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for s in gl.static_range(STAGES):
-        _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
-    if not SCALES_FIRST:
-        scale = _groups(scale_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-        if zero_ptr is not None:
-            zero = _groups(zero_ptr, row, begin, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-    stage = 0
-    phase = 0
-    mbarrier.wait(full.index(0), 0)
-    words = _words(ws.index(0), WARPS, GATE)
-    words_a, words_b = _halves(words)
-    terms_a, terms_b = _prepare(scale, zero, words, DTYPE, FAST)
-    following = gl.minimum(begin + 1, steps - 1)
-    scale = _groups(scale_ptr, row, following, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-    if zero_ptr is not None:
-        zero = _groups(zero_ptr, row, following, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-    z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = _multiply(z_a, xs, 0, 0, acc)
-    acc, z_a = _wait(acc, z_a, 1 if PIPELINED else 0)
-    for step in range(begin + 1, end):
-        z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = _multiply(z_b, xs, stage, 1, acc)
-        done = stage
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
-        mbarrier.wait(full.index(stage), phase)
-        words = _words(ws.index(stage), WARPS, GATE)
-        acc, z_a, z_b = _settle(acc, z_a, z_b, PIPELINED)
-        words_a, words_b = _halves(words)
-        terms_a, terms_b = _prepare(scale, zero, words, DTYPE, FAST)
-        # of the step after this one
-        following = gl.minimum(step + 1, steps - 1)
-        scale = _groups(scale_ptr, row, following, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-        if zero_ptr is not None:
-            zero = _groups(zero_ptr, row, following, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
-        z_a = _operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = _multiply(z_a, xs, stage, 0, acc)
-        acc, z_b, z_a = _settle(acc, z_b, z_a, PIPELINED)
-        barrier()
-        ahead = step - 1 + STAGES
-        _expect(xs, ws, full, done, ahead < end)
-        fetch_words(w_desc, ws, full, done, w_row, up_row, ahead, ahead < end, GATE)
-        _fetch_x(x_desc, xs, full, done, x_row, ahead, ahead < end)
-    z_b = _operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = _multiply(z_b, xs, stage, 1, acc)
-    acc, z_a = _wait(acc, z_a, 0)
-    acc, z_b = _wait(acc, z_b, 0)
-    if FAST:
-        UNIT: gl.constexpr = BF16_UNIT
-    elif DTYPE == gl.float16:
-        UNIT: gl.constexpr = 1.0 / FP16_LIFT
-    else:
-        UNIT: gl.constexpr = 1.0
-    if len(acc) == 1:
-        return (acc[0] * UNIT,), xs
-    else:
-        return (acc[0] * UNIT, acc[1] * UNIT), xs
+    """Sums of the only steps of a program, as add_steps() has them; and memory of x."""
+    ring = open_ring(x_desc, w_desc, BLOCK_N, STAGES)
+    factors = fetch_first(
+        ring,
+        x_desc,
+        x_row,
+        w_desc,
+        w_row,
+        up_row,
+        row,
+        scale_ptr,
+        zero_ptr,
+        n_groups,
+        begin,
+        end,
+        GROUP,
+        TOGETHER,
+        ACT_QUANT,
+        GATE,
+        WARPS,
+        PDL,
+        SCALES_FIRST,
+    )
+    acc, _, _ = add_steps(
+        ring,
+        x_desc,
+        x_row,
+        w_desc,
+        w_row,
+        up_row,
+        row,
+        scale_ptr,
+        zero_ptr,
+        factors,
+        n_groups,
+        begin,
+        end,
+        steps,
+        gl.to_tensor(0),
+        gl.to_tensor(0),
+        None,
+        None,
+        None,
+        None,
+        None,
+        GROUP,
+        TOGETHER,
+        ACT_QUANT,
+        GATE,
+        WARPS,
+        PIPELINED,
+    )
+    return acc, ring[0]

@@ -29,6 +29,16 @@ def tile_at(tile, tiles_n, tiles_m, GROUP_N: gl.constexpr):
 
 
 @gluon.jit
+def first_tokens(m0, M, FIRST: gl.constexpr, MORE: gl.constexpr):
+    """Of a tile at m0: the first of its FIRST tokens, and of MORE if they come in two runs."""
+    if MORE:
+        # where there are too few tokens, those that both runs have are computed twice
+        return m0, gl.maximum(gl.minimum(m0 + FIRST, M - MORE), m0)
+    else:
+        return (m0,)
+
+
+@gluon.jit
 def slice_at(program, whole, split_k):
     """Of a program: its tile, which slice of the tile's K it has, and of how many."""
     tile = program

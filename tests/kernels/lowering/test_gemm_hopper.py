@@ -16,6 +16,7 @@ import triton
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
 from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, boxes_of_tokens
+from w4tensor.kernels.gemm_hopper_persistent import gemm_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +47,8 @@ def _lower(
     n_groups: int = 64,
     # for half of the tokens that the tile holds
     few: bool = False,
+    # of programs that share tiles; with `split`, evenly
+    shared: bool = False,
 ) -> Lowered:
     first, more = boxes_of_tokens(tile.block_m, _tokens(tile, few))
     signature = {
@@ -61,7 +64,8 @@ def _lower(
         "part_ptr": "*fp32",
         "flag_ptr": "*i64",
         "token": "i64",
-        **dict.fromkeys(("M", "N", "steps", "n_groups", "whole", "split_k"), "i32"),
+        **dict.fromkeys(("M", "N", "steps", "n_groups"), "i32"),
+        **dict.fromkeys(("tiles", "rounds") if shared else ("split_k",), "i32"),
     }
     constants = {
         "GROUP_N": 8,
@@ -78,13 +82,14 @@ def _lower(
     absent |= dict.fromkeys(("part_ptr", "flag_ptr"), not split)
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     unaligned = [name for name in signature if name.endswith("_desc")]
-    unaligned += ["token", "M", "steps", "whole", "split_k"]
+    unaligned += ["token", "M", "steps", *(("tiles", "rounds") if shared else ("split_k",))]
     # rows that the accelerator stores are multiples of 8, and mostly of 16
     unaligned += ["N", "n_groups"] if y else []
-    short = dtype == "bf16" and zero is None and scale is None and split and group in (0, 128)
+    short = dtype == "bf16" and zero is None and scale is None and group in (0, 128)
+    short &= split and not shared
     registers = MAX_REGISTERS.get((tile.block_m, tile.block_n)) if short else None
     return lower(
-        _gemm_hopper_kernel,
+        gemm_hopper_persistent_kernel if shared else _gemm_hopper_kernel,
         signature,
         constants,
         tile.num_warps,
@@ -164,6 +169,7 @@ for dtype in ("bf16", "fp16"):
         (dtype, 32, True): {16: 5.2, 32: 4.7},
         (dtype, 0, True): {16: 4.0, 32: 3.3},
     }
+SHARED = [tile for tile in TILES if tile.shares]
 # what a second run of tokens adds to them
 SECOND_RUN = 0.8
 OF_16_ROWS = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (128, 128))
@@ -175,6 +181,22 @@ WEIGHTS = [(dtype, group, "fp16" if zero else None) for dtype, group, zero in BU
 @pytest.mark.parametrize("tile", TILES, ids=_name)
 def test_every_tile(tile, few):
     _check(tile, "bf16", 128, None, split=True, pdl=True, few=few)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["", "even"])
+@pytest.mark.parametrize("tile", SHARED, ids=_name)
+def test_every_tile_that_programs_share(tile, split):
+    for few in (False, True):
+        _check(tile, "bf16", 128, None, shared=True, split=split, pdl=True, few=few)
+
+
+@pytest.mark.parametrize("tile", SHARED, ids=_name)
+def test_every_tile_that_programs_share_with_what_costs_most_registers(tile):
+    options = dict(shared=True, pdl=True, bias=True)
+    for n_groups in (45, 64):
+        # what is not stored by the accelerator is shared evenly
+        _check(tile, "bf16", 32, "fp32", split=True, y="fp32", n_groups=n_groups, **options)
+        _check(tile, "bf16", 32, "fp32", split=False, n_groups=n_groups, **options)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=_name)

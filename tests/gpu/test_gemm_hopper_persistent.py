@@ -1,0 +1,164 @@
+"""kernels/gemm_hopper_persistent.py against the oracle and its sibling of one tile a program.
+
+Few programs share the tiles of small weights: each has several, cut in all ways that EVEN knows.
+Outputs and partial sums are NaN beforehand, but where old memory is the point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.gpu.test_gemm_hopper import (
+    CASES,
+    EMPTY,
+    FULL,
+    HALF,
+    TWIN,
+    TWIN_REL_ERR,
+    Case,
+    captured,
+    name,
+    nan_in_freed_memory,
+    plan_of,
+    run,
+    weight_of,
+)
+from tests.gpu.test_linear import (  # noqa: F401
+    _poison,
+    needs_hopper,
+    oracle,
+    rel_err,
+)
+from w4tensor.dispatch_hopper import MIN_SHARED_STEPS, TILES, HopperPlan, HopperTile
+from w4tensor.testing import REL_ERR_BUDGET
+
+pytestmark = [pytest.mark.gpu, needs_hopper]
+
+SHARED = [tile for tile in TILES if tile.shares]
+# weights that differ in what compiles apart: y stored by the accelerator and one by one, whole and
+# ragged steps and groups; with steps that may be shared
+SHAPES = [
+    replace(CASES[i], k=CASES[i].k % 128 + 128 * (MIN_SHARED_STEPS + i)) for i in (0, 1, 4, 7, 8)
+]
+
+
+def shared(tile: HopperTile, programs: int, even: bool, pdl: bool = False) -> HopperPlan:
+    return replace(plan_of(tile, pdl=pdl), programs=programs, even=even)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("tile", SHARED, ids=name)
+def test_oracle_and_siblings(tile, case):
+    torch.manual_seed(0)
+    # as ragged as the case is
+    case = replace(case, n=4 * tile.block_n + case.n % tile.block_n)
+    w, whole = weight_of(case), weight_of(case, exact=True)
+    bias = torch.randint(-9, 9, (case.n,), device="cuda").to(case.x) if case.bias else None
+    # five tiles that are not full, and fifteen
+    for m in (tile.block_m // 2 + 1, 2 * tile.block_m + 3):
+        x = torch.randn(m, case.k, device="cuda", dtype=case.x)
+        x = x.bfloat16().to(case.x) if case.x == FULL else x
+        few = torch.randint(-2, 3, (m, case.k), device="cuda").to(case.x)
+        ref, exact = oracle(x, w, bias), oracle(few, whole, bias).to(case.x)
+        twin = run(TWIN, x, w, bias, FULL)
+        budget = REL_ERR_BUDGET[HALF if case.x == HALF else torch.bfloat16]
+        one = run(plan_of(tile), x, w, bias)
+        # rounds of whole tiles, and none; shares of more than a tile, and of nearly two
+        for programs in (1, 2, 3, 4) if m < tile.block_m else (1, 2, 4, 8):
+            y = run(shared(tile, programs, even=False), x, w, bias)
+            # what the accelerator does not store is shared evenly nevertheless
+            if case.n % 8 == 0 and case.x != FULL:
+                assert torch.equal(y, one), programs
+            assert rel_err(y, ref) <= budget, programs
+            plan = shared(tile, programs, even=True)
+            y = run(plan, x, w, bias)
+            assert rel_err(y, ref) <= budget, programs
+            assert torch.equal(y, run(plan, x, w, bias)), programs
+            assert torch.equal(run(plan, few, whole, bias), exact), programs
+            assert rel_err(run(plan, x, w, bias, FULL), twin.double()) <= TWIN_REL_ERR, programs
+
+
+@pytest.mark.parametrize("tile", SHARED, ids=name)
+def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
+    # old memory, and no kernels in between that would hide what starts too early
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    k = 1792
+    w = weight_of(Case(k, k, 128))
+    x = torch.randn(2 * tile.block_m - 3, k, device="cuda", dtype=torch.bfloat16)
+
+    def chain(plan):
+        y = x
+        for _ in range(6):
+            # each reads what the one before writes
+            y = run(plan, y, w)
+        return y
+
+    for programs, even in ((5, False), (7, True), (24, True)):
+        expected = chain(shared(tile, programs, even))
+        assert expected.isfinite().all()
+        for _ in range(5):
+            assert torch.equal(chain(shared(tile, programs, even, pdl=True)), expected), programs
+
+
+@pytest.mark.parametrize("tile", SHARED, ids=name)
+def test_where_steps_are_shared_and_where_not(tile):
+    # tiles of rounds before the last are whole, and so are all if programs have as many each
+    w = weight_of(Case(7 * tile.block_n, 2048, 128))
+    x = torch.randn(tile.block_m, 2048, device="cuda", dtype=torch.bfloat16)
+    one = run(plan_of(tile), x, w, None, FULL)
+    assert torch.equal(run(shared(tile, 7, even=True), x, w, None, FULL), one)
+    y = run(shared(tile, 2, even=True), x, w, None, FULL)
+    whole = [
+        torch.equal(y[:, i : i + tile.block_n], one[:, i : i + tile.block_n])
+        for i in range(0, len(w), tile.block_n)
+    ]
+    # three tiles are left for the last two programs: the middle one is cut
+    assert whole == [True, True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("even", [False, True], ids=["", "even"])
+@pytest.mark.parametrize("tile", SHARED[1::2], ids=name)
+def test_graphs_that_share_memory_replay_by_turns(tile, even, monkeypatch):
+    # flags and sums of replays before are there, under the same tokens and those of the other
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    plan = shared(tile, 5, even, pdl=True)
+    shapes = ((7 * tile.block_n, 2048), (9 * tile.block_n - 8, 1664))
+    ws = [weight_of(Case(n, k, 128)) for n, k in shapes]
+    m = tile.block_m + 3
+    xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes]
+    graphs, ys = [], []
+    for x, w in zip(xs, ws, strict=True):
+        graph, y = captured(plan, x, w, pool=graphs[0].pool() if graphs else None)
+        graphs.append(graph)
+        ys.append(y)
+    for replay in range(50):
+        for i in (0, 1):
+            xs[i].copy_(torch.randn_like(xs[i]))
+            nan_in_freed_memory()
+            expected = run(plan, xs[i], ws[i])
+            ys[i].fill_(torch.nan)
+            graphs[i].replay()
+            assert torch.equal(ys[i], expected), (replay, i)
+
+
+@pytest.mark.parametrize("tile", SHARED[1::2], ids=name)
+def test_one_plan_on_two_streams_at_once(tile, monkeypatch):
+    # together more programs than the card holds: nobody waits for one that has not started
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    programs = tile.resident * torch.cuda.get_device_properties(0).multi_processor_count
+    plan = shared(tile, programs, even=True)
+    w = weight_of(Case((programs + 50) * tile.block_n, 1536, 128))
+    xs = [torch.randn(tile.block_m, 1536, device="cuda", dtype=torch.bfloat16) for _ in "ab"]
+    expected = [run(plan, x, w) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results.append((i, run(plan, xs[i], w)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[i]) for i, y in results)
