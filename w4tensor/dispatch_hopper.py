@@ -19,10 +19,10 @@ READ_FINE_BYTES. The candidate with the least predicted time is taken.
 The constants are what `python -m benchmarks.fit` made of benchmarks/results/tune.csv, from those
 before: 22 shapes, 3 to 4096 tokens, each point's plans timed in turn in one run on an H200, those
 of 7 slices and more in a second one. Where programs may share tiles, those plans and the two to
-four best others were timed anew in one run, and rows of older ones dropped. At 338 points of that file
-the choice takes 1.000 times the best measured plan in the middle, 1.057 at 95 % and at most 1.153.
-Without one shape, 22 times, the fit takes 1.000, 1.128 and 1.334 on that shape, at the 332 of 338
-points that have its choice.
+four best others were timed anew in one run, and rows of older ones dropped. At 338 points of that
+file the choice takes 1.000 times the best measured plan in the middle, 1.057 at 95 % and at most
+1.153. Without one shape, 22 times, the fit takes 1.000, 1.128 and 1.334 on that shape, at the 332
+of 338 points that have its choice.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where, and
 `python -m benchmarks.fit --leave-out` on shapes that are left out.
