@@ -93,8 +93,9 @@ def test_every_legal_problem_has_a_plan_that_its_kernel_can_take(problem, arch):
         # what kernels/gemm_hopper_persistent.py takes: each program has a tile, whose ends have as
         # many steps as the ring has stages
         if p.programs:
-            assert p.split_k == 1 and p.programs < tiles
-            assert -(-problem.k // 128) >= 3 * p.num_stages
+            steps = -(-problem.k // 128)
+            assert p.split_k == 1 and p.programs < tiles and steps >= 3 * p.num_stages
+            assert (tiles % p.programs + p.programs) * p.programs * steps < 1 << 31
     else:
         assert p.rows % 256 == 0 or p.rows == problem.n
         assert problem.batch == 1
@@ -285,6 +286,15 @@ def test_slices_are_few_enough(n, blocks, m):
     assert p.block_m < 2 * max(m, 8)
     # programs that share tiles fill the card
     assert p.programs % 132 == 0
+
+
+def test_programs_share_no_more_steps_than_they_count():
+    # of a card with many multiprocessors
+    arch = Arch(capability=(9, 0), num_sms=1000, triton=(3, 6))
+    long, longer = (Problem(8, 1 << 20, k, 128, "bf16") for k in (1 << 13, 1 << 15))
+    shared = [c.programs for c in dispatch_hopper.candidates(long, arch.num_sms)]
+    assert any(shared)
+    assert not any(c.programs for c in dispatch_hopper.candidates(longer, arch.num_sms))
 
 
 def test_finer_scales_cost_time_and_nothing_is_faster_than_the_read():

@@ -248,7 +248,9 @@ def candidates(p: Problem, num_sms: int) -> Iterator[Candidate]:
             too_much = split_k > 1 and (few or many or sums > WORKSPACE_BYTES)
             if split_k >= least and not too_much:
                 yield Candidate(tile, split_k, 0, False)
-        if tile.shares and tiles > fill and steps >= MIN_SHARED_STEPS:
+        # steps of up to two tiles a program, times programs, are counted in 32 bits
+        counted = 2 * fill * fill * steps < 1 << 31
+        if tile.shares and tiles > fill and steps >= MIN_SHARED_STEPS and counted:
             yield Candidate(tile, 1, fill, False)
             if tiles % fill:
                 yield Candidate(tile, 1, fill, True)
