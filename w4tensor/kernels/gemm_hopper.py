@@ -1,6 +1,8 @@
 """Y[M, N] = X[M, K] @ dequant(W)[N, K].T on Hopper, in Gluon: the loop of hopper_loop.py by tiles.
 
-Tiles, slices of K and the ordered sums of slices are those of hopper_slices.py.
+A program has a tile, or a slice of its K; slices and their ordered sums are those of
+hopper_slices.py. Where there are more tiles than the card holds at a time, programs share them
+(gemm_hopper_persistent.py).
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from w4tensor.kernels.gemm_hopper_persistent import gemm_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
-from w4tensor.kernels.hopper_loop import accumulate, layout_of_rows
+from w4tensor.kernels.hopper_loop import accumulate
 from w4tensor.kernels.hopper_memory import barrier, descriptor, tokens_of
+from w4tensor.kernels.hopper_operand import layout_of_rows
 from w4tensor.kernels.hopper_output import finish
 from w4tensor.kernels.hopper_slices import (
     add_parts,

@@ -18,14 +18,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from w4tensor.kernels.hopper_loop import (
-    add_steps,
-    fetch_factors,
-    fetch_first,
-    layout_of_rows,
-    open_ring,
-)
+from w4tensor.kernels.hopper_loop import add_steps, fetch_first, open_ring
 from w4tensor.kernels.hopper_memory import barrier, tokens_of
+from w4tensor.kernels.hopper_operand import fetch_factors, layout_of_rows
 from w4tensor.kernels.hopper_output import finish
 from w4tensor.kernels.hopper_slices import (
     add_parts,

@@ -19,8 +19,9 @@ from triton.experimental.gluon import language as gl
 from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.grouped import tile_rows
 from w4tensor.kernels.groups import groups_together
-from w4tensor.kernels.hopper_loop import accumulate, layout_of_rows, layout_of_sums
+from w4tensor.kernels.hopper_loop import accumulate, layout_of_sums
 from w4tensor.kernels.hopper_memory import aligned_rows, descriptor
+from w4tensor.kernels.hopper_operand import layout_of_rows
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 

@@ -52,7 +52,7 @@ def _groups(n_groups: int, stride: int, widest: int, group_size: int, blocks: in
 
 
 def groups_together(n_groups: int, group_size: int, block_m: int) -> int:
-    """How many of a step's groups kernels/hopper_loop.py loads at a time: a row has a multiple.
+    """How many of a step's groups kernels/hopper_operand.py loads at a time: a row has a multiple.
 
     Two of four help small tiles only: 5120 x 2880 in groups of 32 takes 8.7 us at 32 tokens (one by
     one 9.4), and at 128 17.9 (14.5).
