@@ -277,7 +277,7 @@ def test_every_launch_has_a_token_of_its_own():
     ]
     launchers = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Launcher)}
     with_token = [v for v in launchers.values() if "token" in v._names]
-    assert len(with_token) == 2
+    assert len(with_token) == 3
     for launcher in with_token:
         assert list(launcher._anew) == [launcher._names.index("token")]
 

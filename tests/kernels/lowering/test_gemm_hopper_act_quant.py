@@ -10,7 +10,8 @@ from triton.experimental.gluon import language as gl
 
 from tests.kernels.lowering.sass import Lowered, lower, messages
 from w4tensor.dispatch_hopper import TILES
-from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, runs_of_tokens
+from w4tensor.kernels.gemm_hopper import _gemm_hopper_kernel, boxes_of_tokens
+from w4tensor.kernels.gemm_hopper_persistent import gemm_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
@@ -23,9 +24,17 @@ OPTIONAL = {"zero_ptr": "*fp16", "bias_ptr": "*bf16", "part_ptr": "*fp32", "flag
 
 @functools.cache
 def built(
-    tile, group=32, act_quant=True, dtype="bf16", scale="bf16", given=(), n_groups=64
+    tile,
+    group=32,
+    act_quant=True,
+    dtype="bf16",
+    scale="bf16",
+    given=(),
+    n_groups=64,
+    shared=False,
 ) -> Lowered:
-    """The kernel for sm_90 with a tile of dispatch_hopper.py."""
+    """The kernel for sm_90 with a tile of dispatch_hopper.py; of programs that share tiles."""
+    kernel = gemm_hopper_persistent_kernel if shared else _gemm_hopper_kernel
     block_m, block_n, warps, stages, pipelined = tile
     element = gl.bfloat16 if dtype == "bf16" else gl.float16
 
@@ -33,7 +42,7 @@ def built(
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], of)
         return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
 
-    first, more = runs_of_tokens(block_m, block_m)
+    first, more = (sum(box) for box in boxes_of_tokens(block_m, block_m))
     types = {name: OPTIONAL[name] for name in given}
     types |= dict(
         x_desc=descriptor(dtype, first, 128, element),
@@ -45,15 +54,16 @@ def built(
         scale_ptr=f"*{scale}",
         token="i64",
     )
-    types = {n: types.get(n, "i32") for n in _gemm_hopper_kernel.arg_names}
+    types = {n: types.get(n, "i32") for n in kernel.arg_names}
     together = groups_together(n_groups, group or 128, block_m)
     constants: dict[str, object] = dict(GROUP_N=8, TOGETHER=together, GROUP=group, PDL=True)
     constants |= dict(ACT_QUANT=act_quant, WARPS=warps, STAGES=stages, PIPELINED=pipelined)
     constants |= {name: None for name in OPTIONAL if name not in given}
     constants |= {} if more else {"more_x_desc": None, "more_y_desc": None}
     unaligned = tuple(name for name in types if name.endswith("_desc"))
-    unaligned += ("token", "M", "steps", "n_groups", "whole", "split_k")
-    return lower(_gemm_hopper_kernel, types, constants, warps, unaligned=unaligned)
+    unaligned += ("token", "M", "steps", "n_groups")
+    unaligned += ("tiles", "rounds") if shared else ("split_k",)
+    return lower(kernel, types, constants, warps, unaligned=unaligned)
 
 
 # instructions a weight in the main loop of an eight-warp or 64-row tile, and of one in which a warp
@@ -72,6 +82,7 @@ VARIANTS = {
 ALL_TILES = {
     (t.block_m, t.block_n, t.num_warps, t.num_stages, t.pipelined): t.resident for t in TILES
 }
+SHARED = [tile for tile, t in zip(ALL_TILES, TILES, strict=True) if t.shares]
 TILE = (64, 128, 4, 4, True)
 
 
@@ -83,7 +94,7 @@ def check(tile, variant, **options):
     assert code.count("STS", "STSM") == 0 and code.matrix == {"HGMMA"}, str(code)
     assert "C75" not in messages(code), messages(code)
     budget = BUDGET[variant][block_n == 32 * warps] + ODD_K * ("n_groups" in options)
-    budget += SECOND_RUN * (runs_of_tokens(tile[0], tile[0])[1] > 0)
+    budget += SECOND_RUN * len(boxes_of_tokens(tile[0], tile[0])[1])
     assert code.per_weight(block_n * 128) <= budget, (code.per_weight(block_n * 128), str(code))
     return code
 
@@ -99,6 +110,12 @@ def test_every_tile(tile, variant):
         # registers come by 8; zero points take more of them
         registers = code.threads * (-(-code.registers // 8) * 8)
         assert ALL_TILES[tile] * registers <= 65536, str(code)
+
+
+@pytest.mark.parametrize("given", [(), ("part_ptr", "flag_ptr")], ids=["", "even"])
+@pytest.mark.parametrize("tile", SHARED, ids=str)
+def test_every_tile_that_programs_share(tile, given):
+    check(tile, "bf16", shared=True, given=given)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
