@@ -16,7 +16,7 @@ Otherwise activations are quantised in a launch of their own, before any of:
 Where int8 tiles spend their time on scales, or would be slower for another reason, x is rounded to
 what its codes mean, in 16 bits, for
 
-    hopper   the tiles of dispatch_hopper.py, or where they do not serve or have lost their lead
+    hopper   the tiles of dispatch_hopper.py, or where they do not serve
     rounded  a library product with W dequantised, block by block
 """
 

@@ -69,7 +69,8 @@ class HopperPlan:
         split_k: slices of K, a program each.
         programs: instead, how many programs share the tiles, if there are more tiles than those
             (kernels/gemm_hopper_persistent.py); 0: a program for each tile or slice.
-        even: whether they share the last tiles' steps evenly, or have whole tiles.
+        even: whether they share the last tiles' steps evenly, or have whole tiles. Where the
+            accelerator does not store y (fp32, an odd N), they always share evenly.
         group_n: row tiles that share x in L2.
         pdl: start under programmatic dependent launch and read weights before the kernel ahead is
             done.
@@ -102,7 +103,7 @@ class HopperTile:
 
     Fields:
         coarse_slices: the fewest slices that it may serve by where groups are not finer than a
-            step.
+            step, if it is not shared.
         shares: whether programs may share its tiles. Not measured to be of use for the others.
     """
 
