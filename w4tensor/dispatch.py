@@ -60,7 +60,7 @@ DECODE_NARROW_K = 8192
 WARPS_PER_SM = 12
 # from here on dequantising costs less than tiles of kernels/gemm.py lose to cuBLAS. Those of
 # dispatch_hopper.py lose nothing: up to 16384 tokens of eight shapes 0.95 to 1.03 of the time of
-# bf16, dequantising 1.00 to 1.13
+# bf16, dequantising 1.00 to 1.13 (benchmarks/README.md)
 DEQUANT_FROM_M = 1024
 # half of a Hopper's L2
 WORKSPACE_BYTES = 32 << 20

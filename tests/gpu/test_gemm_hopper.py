@@ -136,6 +136,20 @@ def test_oracle_and_twin(tile, case):
             assert rel_err(run(plan, x, w, bias, FULL), twin.double()) <= TWIN_REL_ERR, at
 
 
+def check_the_same_bits_under_pdl(plan, x, w):
+    def chain(plan):
+        y = x
+        for _ in range(6):
+            # each reads what the one before writes
+            y = run(plan, y, w)
+        return y
+
+    expected = chain(plan)
+    assert expected.isfinite().all()
+    for _ in range(5):
+        assert torch.equal(chain(replace(plan, pdl=True)), expected), plan
+
+
 @pytest.mark.parametrize("tile", TILES, ids=name)
 def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
     # old memory, and no kernels in between that would hide what starts too early
@@ -144,18 +158,8 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
     w = weight_of(Case(k, k, 128))
     x = torch.randn(2 * tile.block_m - 3, k, device="cuda", dtype=torch.bfloat16)
 
-    def chain(plan):
-        y = x
-        for _ in range(6):
-            # each reads what the one before writes
-            y = run(plan, y, w)
-        return y
-
     for split in SPLITS:
-        expected = chain(plan_of(tile, split))
-        assert expected.isfinite().all()
-        for _ in range(5):
-            assert torch.equal(chain(plan_of(tile, split, pdl=True)), expected), split
+        check_the_same_bits_under_pdl(plan_of(tile, split), x, w)
 
 
 def captured(plan, x, w, pool=None):
@@ -175,16 +179,9 @@ def nan_in_freed_memory():
     del blocks
 
 
-@pytest.mark.parametrize("pdl", [False, True], ids=["", "pdl"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("tile", SEVERAL, ids=name)
-def test_graphs_that_share_memory_replay_by_turns(tile, split, pdl, monkeypatch):
-    # flags and sums of replays before are there, under the same tokens and those of the other
-    monkeypatch.setattr(torch, "empty", EMPTY)
-    plan = plan_of(tile, split, pdl)
-    shapes = ((200, 1024), (584, 1280))
+def check_graphs_that_share_memory(plan, shapes, m):
+    """Of products of `shapes` [(n, k), ..], replayed by turns."""
     ws = [weight_of(Case(n, k, 128)) for n, k in shapes]
-    m = tile.block_m + 3
     xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes]
     graphs, ys = [], []
     for x, w in zip(xs, ws, strict=True):
@@ -192,13 +189,23 @@ def test_graphs_that_share_memory_replay_by_turns(tile, split, pdl, monkeypatch)
         graphs.append(graph)
         ys.append(y)
     for replay in range(50):
-        for i in (0, 1):
+        for i in range(len(graphs)):
             xs[i].copy_(torch.randn_like(xs[i]))
             nan_in_freed_memory()
             expected = run(plan, xs[i], ws[i])
             ys[i].fill_(torch.nan)
             graphs[i].replay()
             assert torch.equal(ys[i], expected), (replay, i)
+
+
+@pytest.mark.parametrize("pdl", [False, True], ids=["", "pdl"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("tile", SEVERAL, ids=name)
+def test_graphs_that_share_memory_replay_by_turns(tile, split, pdl, monkeypatch):
+    # flags and sums of replays before are there, under the same tokens and those of the other
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    plan = plan_of(tile, split, pdl)
+    check_graphs_that_share_memory(plan, ((200, 1024), (584, 1280)), tile.block_m + 3)
 
 
 @pytest.mark.parametrize("tile", SEVERAL, ids=name)
@@ -215,12 +222,9 @@ def test_one_graph_replayed_without_a_pause(tile, monkeypatch):
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("tile", SEVERAL, ids=name)
-def test_one_plan_on_two_streams_at_once(tile, monkeypatch):
-    monkeypatch.setattr(torch, "empty", EMPTY)
-    plan = plan_of(tile, 3)
-    w = weight_of(Case(2056, 2048, 128))
-    xs = [torch.randn(tile.block_m, 2048, device="cuda", dtype=torch.bfloat16) for _ in "ab"]
+def check_two_streams_at_once(plan, n, k):
+    w = weight_of(Case(n, k, 128))
+    xs = [torch.randn(plan.block_m, k, device="cuda", dtype=torch.bfloat16) for _ in "ab"]
     expected = [run(plan, x, w) for x in xs]
     streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
@@ -231,6 +235,12 @@ def test_one_plan_on_two_streams_at_once(tile, monkeypatch):
                 results.append((i, run(plan, xs[i], w)))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected[i]) for i, y in results)
+
+
+@pytest.mark.parametrize("tile", SEVERAL, ids=name)
+def test_one_plan_on_two_streams_at_once(tile, monkeypatch):
+    monkeypatch.setattr(torch, "empty", EMPTY)
+    check_two_streams_at_once(plan_of(tile, 3), 2056, 2048)
 
 
 def test_rows_that_the_accelerator_cannot_read():

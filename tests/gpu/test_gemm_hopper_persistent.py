@@ -19,9 +19,10 @@ from tests.gpu.test_gemm_hopper import (
     TWIN,
     TWIN_REL_ERR,
     Case,
-    captured,
+    check_graphs_that_share_memory,
+    check_the_same_bits_under_pdl,
+    check_two_streams_at_once,
     name,
-    nan_in_freed_memory,
     plan_of,
     run,
     weight_of,
@@ -89,18 +90,8 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
     w = weight_of(Case(k, k, 128))
     x = torch.randn(2 * tile.block_m - 3, k, device="cuda", dtype=torch.bfloat16)
 
-    def chain(plan):
-        y = x
-        for _ in range(6):
-            # each reads what the one before writes
-            y = run(plan, y, w)
-        return y
-
     for programs, even in ((5, False), (7, True), (24, True)):
-        expected = chain(shared(tile, programs, even))
-        assert expected.isfinite().all()
-        for _ in range(5):
-            assert torch.equal(chain(shared(tile, programs, even, pdl=True)), expected), programs
+        check_the_same_bits_under_pdl(shared(tile, programs, even), x, w)
 
 
 @pytest.mark.parametrize("tile", SHARED, ids=name)
@@ -119,29 +110,27 @@ def test_where_steps_are_shared_and_where_not(tile):
     assert whole == [True, True, True, True, True, False, True]
 
 
+@pytest.mark.parametrize("tile", SHARED, ids=name)
+def test_a_tile_that_is_cut_leaves_the_tokens_of_those_that_are_not(tile):
+    # of three tiles of tokens the middle one is cut, and the last one has three tokens
+    w = weight_of(Case(tile.block_n, 2048, 128))
+    m = 2 * tile.block_m + 3
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
+    one = run(plan_of(tile), x, w, None, FULL)
+    y = run(shared(tile, 2, even=True), x, w, None, FULL)
+    middle = slice(tile.block_m, 2 * tile.block_m)
+    assert torch.equal(y[: middle.start], one[: middle.start])
+    assert torch.equal(y[middle.stop :], one[middle.stop :])
+    assert not torch.equal(y[middle], one[middle])
+
+
 @pytest.mark.parametrize("even", [False, True], ids=["", "even"])
 @pytest.mark.parametrize("tile", SHARED[1::2], ids=name)
 def test_graphs_that_share_memory_replay_by_turns(tile, even, monkeypatch):
     # flags and sums of replays before are there, under the same tokens and those of the other
     monkeypatch.setattr(torch, "empty", EMPTY)
-    plan = shared(tile, 5, even, pdl=True)
     shapes = ((7 * tile.block_n, 2048), (9 * tile.block_n - 8, 1664))
-    ws = [weight_of(Case(n, k, 128)) for n, k in shapes]
-    m = tile.block_m + 3
-    xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes]
-    graphs, ys = [], []
-    for x, w in zip(xs, ws, strict=True):
-        graph, y = captured(plan, x, w, pool=graphs[0].pool() if graphs else None)
-        graphs.append(graph)
-        ys.append(y)
-    for replay in range(50):
-        for i in (0, 1):
-            xs[i].copy_(torch.randn_like(xs[i]))
-            nan_in_freed_memory()
-            expected = run(plan, xs[i], ws[i])
-            ys[i].fill_(torch.nan)
-            graphs[i].replay()
-            assert torch.equal(ys[i], expected), (replay, i)
+    check_graphs_that_share_memory(shared(tile, 5, even, pdl=True), shapes, tile.block_m + 3)
 
 
 @pytest.mark.parametrize("tile", SHARED[1::2], ids=name)
@@ -150,15 +139,15 @@ def test_one_plan_on_two_streams_at_once(tile, monkeypatch):
     monkeypatch.setattr(torch, "empty", EMPTY)
     programs = tile.resident * torch.cuda.get_device_properties(0).multi_processor_count
     plan = shared(tile, programs, even=True)
-    w = weight_of(Case((programs + 50) * tile.block_n, 1536, 128))
-    xs = [torch.randn(tile.block_m, 1536, device="cuda", dtype=torch.bfloat16) for _ in "ab"]
-    expected = [run(plan, x, w) for x in xs]
-    streams = [torch.cuda.Stream() for _ in xs]
-    torch.cuda.synchronize()
-    results = []
-    for _ in range(20):
-        for i, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results.append((i, run(plan, xs[i], w)))
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected[i]) for i, y in results)
+    check_two_streams_at_once(plan, (programs + 50) * tile.block_n, 1536)
+
+
+def test_too_few_tiles_or_steps_are_not_shared():
+    tile = SHARED[0]
+    x = torch.randn(tile.block_m, 2048, device="cuda", dtype=torch.bfloat16)
+    for k, programs in ((2048, 6), (1024, 2)):
+        w = weight_of(Case(5 * tile.block_n, k, 128))
+        few = x[:, :k]
+        assert torch.equal(
+            run(shared(tile, programs, even=True), few, w), run(plan_of(tile), few, w)
+        )

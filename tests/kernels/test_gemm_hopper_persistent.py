@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections import defaultdict
 from types import FunctionType, SimpleNamespace
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w4tensor.dispatch_hopper import MIN_SHARED_STEPS, TILES
+from w4tensor.dispatch_hopper import MIN_SHARED_STEPS, TILES, HopperPlan
 from w4tensor.kernels import gemm_hopper_persistent
+from w4tensor.kernels.gemm_hopper import gemm_hopper
+from w4tensor.layout import COALESCED
+from w4tensor.testing import random_codes
 
 STAGES = max(tile.num_stages for tile in TILES if tile.shares)
 
@@ -90,3 +95,19 @@ def test_as_many_tiles_for_everybody_are_not_cut(programs, each, steps):
         turns_of(programs, each - 1, each * programs, steps, even, 4) for even in (True, False)
     )
     assert even == whole
+
+
+@pytest.mark.parametrize(
+    "programs,k,is_shared",
+    [(0, 2048, False), (3, 2048, True), (5, 2048, True), (6, 2048, False), (3, 1408, False)],
+)
+def test_too_few_tiles_or_steps_are_not_shared(machine, programs, k, is_shared):
+    # five tiles, and a ring of four steps
+    codes = random_codes(5 * 128, k, group_size=128)
+    plan = HopperPlan(8, 128, 4, 4, programs=programs, even=True)
+    x = torch.zeros(8, k, dtype=torch.bfloat16)
+    y = torch.empty(8, 5 * 128, dtype=torch.bfloat16)
+    gemm_hopper(x, COALESCED.pack(codes.q), codes.scale, None, None, y, 128, plan)
+    ((name, *_), grid, *_) = machine.launches[-1]
+    assert name == ("gemm_hopper_persistent_kernel" if is_shared else "_gemm_hopper_kernel")
+    assert grid[0] == (programs if is_shared else 5)

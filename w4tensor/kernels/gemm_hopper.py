@@ -208,9 +208,12 @@ def gemm_hopper(
     first, second = boxes_of_tokens(plan.block_m, m)
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
     options: dict[str, Any] = {"launch_pdl": True} if plan.pdl else {}
+    # each has a tile, and a tile's ends have as many steps as the ring has stages, or there is
+    # nothing to share
+    shared = 0 < plan.programs <= tiles and steps >= 3 * plan.num_stages
     # rounds of whole tiles before what is shared evenly, and sums that are stored
     rounds, stored = 0, tiles * (split_k - 1)
-    if plan.programs:
+    if shared:
         rounds = tiles // plan.programs - 1
         # one by one, y takes registers for addresses, which only the other kernel has
         stored = plan.programs if plan.even or not by_tiles else 0
@@ -230,9 +233,9 @@ def gemm_hopper(
         stored = tokens and by_tiles
         return descriptor(y, (m, n), n, (*tokens, plan.block_n), dtype) if stored else None
 
-    launch = _launch_persistent if plan.programs else _launch_gemm
+    launch = _launch_persistent if shared else _launch_gemm
     launch(
-        (plan.programs or tiles * split_k,),
+        (plan.programs if shared else tiles * split_k,),
         of_x(first),
         of_x(second),
         descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
@@ -249,7 +252,7 @@ def gemm_hopper(
         n,
         steps,
         n_groups,
-        *((tiles, rounds) if plan.programs else (split_k,)),
+        *((tiles, rounds) if shared else (split_k,)),
         GROUP_N=plan.group_n,
         GROUP=0 if n_groups == 1 else group_size,
         TOGETHER=groups_together(n_groups, group_size, plan.block_m),

@@ -182,16 +182,7 @@ def gemm_hopper_persistent_kernel(
         row = gl.minimum(n_tile * BLOCK_N + r, N - 1)
         if EARLY:
             factors = fetch_factors(
-                scale_ptr,
-                zero_ptr,
-                row,
-                next_begin,
-                n_groups,
-                BLOCK_N,
-                GROUP,
-                TOGETHER,
-                ACT_QUANT,
-                WARPS,
+                scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
             )
         if EVEN:
             TILE: gl.constexpr = BLOCK_N * BLOCK_M
@@ -218,16 +209,7 @@ def gemm_hopper_persistent_kernel(
             barrier()
         if not EARLY:
             factors = fetch_factors(
-                scale_ptr,
-                zero_ptr,
-                row,
-                next_begin,
-                n_groups,
-                BLOCK_N,
-                GROUP,
-                TOGETHER,
-                ACT_QUANT,
-                WARPS,
+                scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
             )
         stage += 1
         if stage == STAGES:

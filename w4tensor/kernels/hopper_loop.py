@@ -168,10 +168,9 @@ def fetch_first(
         ok = begin + s < end
         _expect(xs, ws, full, s, ok)
         fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
-    BLOCK_N: gl.constexpr = ws.shape[1]
     if SCALES_FIRST:
         factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
         )
     if PDL:
         # weights are nobody's output; x is that of the kernel before
@@ -181,7 +180,7 @@ def fetch_first(
         _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
     if not SCALES_FIRST:
         factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
         )
     return factors
 
@@ -253,7 +252,7 @@ def add_steps(
     terms_a, terms_b = prepare(factors, words, DTYPE, FAST)
     following = gl.minimum(begin + 1, steps - 1)
     factors = fetch_factors(
-        scale_ptr, zero_ptr, row, following, n_groups, BLOCK_N, GROUP, TOGETHER, ACT_QUANT, WARPS
+        scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
     )
     z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_a, xs, stage, 0, acc)
@@ -283,16 +282,7 @@ def add_steps(
         # of the step after this one
         following = gl.minimum(step + 1, steps - 1)
         factors = fetch_factors(
-            scale_ptr,
-            zero_ptr,
-            row,
-            following,
-            n_groups,
-            BLOCK_N,
-            GROUP,
-            TOGETHER,
-            ACT_QUANT,
-            WARPS,
+            scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
         )
         z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_a, xs, stage, 0, acc)

@@ -153,14 +153,13 @@ def fetch_factors(
     row,
     step,
     n_groups,
-    BLOCK_N: gl.constexpr,
     GROUP: gl.constexpr,
     TOGETHER: gl.constexpr,
     ACT_QUANT: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Scales of a step, and zero points if there are any."""
-    WORDS: gl.constexpr = _layout_of_words(BLOCK_N, WARPS)
+    WORDS: gl.constexpr = _layout_of_words(row.shape[0], WARPS)
     ACROSS: gl.constexpr = _across(ACT_QUANT)
     scale = _groups(scale_ptr, row, step, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
     if zero_ptr is None:
