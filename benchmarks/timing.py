@@ -18,6 +18,8 @@ import torch
 # several times the L2 cache of any card so far (60 MB on an H200)
 ROTATED_BYTES = 256 << 20
 MAX_COPIES = 64
+# of a graph's replays, between which others have theirs
+TURNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,29 @@ def graph_time(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> 
         calls: what to time, each with its own weights; compiled and called before if need be.
         seconds: how long to replay, at least five times and at most fifty.
     """
-    graph = _capture(calls)
-    estimate = _replay(graph, 2)[-1]
-    # clocks rise and caches settle before anything counts
-    _replay(graph, _between(2, 0.1 * seconds / estimate, 50))
-    times = _replay(graph, _between(5, seconds / estimate, 50))
-    low, middle, high = statistics.quantiles(times, n=4)
-    return Time(us=middle / len(calls) * 1e6, spread=(high - low) / middle)
+    (time,) = graph_times([calls], seconds)
+    return time
+
+
+def graph_times(groups: Sequence[Sequence[Callable[[], object]]], seconds: float) -> list[Time]:
+    """graph_time of each of `groups`, whose graphs are replayed in turn: with many tokens the card
+    is bound by power, and who comes first finds it cool."""
+    graphs = [_capture(calls) for calls in groups]
+    replays = []
+    for graph in graphs:
+        estimate = _replay(graph, 2)[-1]
+        # clocks rise and caches settle before anything counts
+        _replay(graph, _between(2, 0.1 * seconds / estimate, 50))
+        replays.append(_between(1, seconds / estimate / TURNS, 50 // TURNS))
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(TURNS):
+        for graph, n, found in zip(graphs, replays, times, strict=True):
+            found += _replay(graph, n)
+    quartiles = (statistics.quantiles(found, n=4) for found in times)
+    return [
+        Time(us=middle / len(calls) * 1e6, spread=(high - low) / middle)
+        for calls, (low, middle, high) in zip(groups, quartiles, strict=True)
+    ]
 
 
 def eager_us(call: Callable[[], object], repeats: int = 5, calls: int = 100) -> float:

@@ -288,6 +288,17 @@ def test_slices_are_few_enough(n, blocks, m):
     assert p.programs % 132 == 0
 
 
+@pytest.mark.parametrize(
+    "k, group_size, shared", [(5376, 32, True), (2880, 32, False), (2888, 2888, True)]
+)
+def test_tiles_without_registers_for_ragged_fine_groups_are_not_shared(k, group_size, shared):
+    p = Problem(m=96, n=43008, k=k, group_size=group_size, act="bf16")
+    found = dispatch_hopper.candidates(p, 132)
+    shapes = {(c.tile.block_m, c.tile.block_n) for c in found if c.programs}
+    assert (dispatch_hopper.NO_ZERO_POINTS in shapes) == shared
+    assert (64, 128) in shapes
+
+
 def test_programs_share_no_more_steps_than_they_count():
     # of a card with many multiprocessors
     arch = Arch(capability=(9, 0), num_sms=1000, triton=(3, 6))

@@ -19,10 +19,10 @@ READ_FINE_BYTES. The candidate with the least predicted time is taken.
 The constants are what `python -m benchmarks.fit` made of benchmarks/results/tune.csv, from those
 before: 22 shapes, 3 to 4096 tokens, each point's plans timed in turn in one run on an H200, those
 of 7 slices and more in a second one. Where programs may share tiles, those plans and the two to
-four best others were timed anew in one run, and rows of older ones dropped. At 338 points of that
-file the choice takes 1.000 times the best measured plan in the middle, 1.057 at 95 % and at most
-1.153. Without one shape, 22 times, the fit takes 1.000, 1.128 and 1.334 on that shape, at the 332
-of 338 points that have its choice.
+four best others were timed anew in one run, and rows of older ones dropped. At 339 points of that
+file the choice takes 1.000 times the best measured plan in the middle, 1.058 at 95 % and at most
+1.153. Without one shape, 22 times, the fit takes 1.000, 1.101 and 1.334 on that shape, at the 331
+of 339 points that have its choice.
 
 `python -m benchmarks.tune --regret` of that file says what the rule loses where, and
 `python -m benchmarks.fit --leave-out` on shapes that are left out.
@@ -69,8 +69,8 @@ class HopperPlan:
         split_k: slices of K, a program each.
         programs: instead, how many programs share the tiles, if there are more tiles than those
             (kernels/gemm_hopper_persistent.py); 0: a program for each tile or slice.
-        even: whether they share the last tiles' steps evenly, or have whole tiles. Where the
-            accelerator does not store y (fp32, an odd N), they always share evenly.
+        even: whether they share the last tiles' steps evenly, or have whole tiles.
+            Where the accelerator does not store y (fp32, an odd N), each tile has a program.
         group_n: row tiles that share x in L2.
         pdl: start under programmatic dependent launch and read weights before the kernel ahead is
             done.
@@ -129,52 +129,52 @@ class Candidate(NamedTuple):
 
 
 TILES = (
-    HopperTile(8, 64, 4, 4, resident=5, alone=0.413, shared=0.188),
-    HopperTile(8, 128, 4, 4, resident=3, alone=0.656, shared=0.256, shares=True),
-    HopperTile(16, 64, 4, 4, resident=5, alone=0.313, shared=0.182),
-    HopperTile(16, 128, 4, 4, resident=3, alone=0.443, shared=0.349, shares=True),
-    HopperTile(32, 64, 4, 4, resident=4, alone=0.337, shared=0.232),
-    HopperTile(32, 128, 4, 4, resident=2, alone=0.681, shared=0.321, shares=True),
-    HopperTile(64, 64, 4, 4, resident=2, alone=0.367, shared=0.280),
-    HopperTile(64, 128, 4, 4, resident=2, alone=0.532, shared=0.487, shares=True),
-    HopperTile(96, 64, 4, 4, resident=1, alone=0.465, shared=0.465),
-    HopperTile(96, 64, 4, 3, resident=2, alone=0.721, shared=0.295),
-    HopperTile(96, 128, 4, 3, resident=2, alone=0.765, shared=0.621),
-    HopperTile(128, 64, 4, 3, resident=2, alone=0.750, shared=0.365, shares=True),
-    HopperTile(128, 64, 4, 4, resident=1, alone=0.501, shared=0.501),
-    HopperTile(128, 128, 8, 3, resident=1, alone=0.806, shared=0.806, shares=True),
-    HopperTile(192, 64, 4, 2, resident=2, alone=1.128, shared=0.485),
-    HopperTile(192, 64, 4, 3, resident=1, alone=0.646, shared=0.646),
-    HopperTile(256, 128, 8, 3, resident=1, alone=1.440, shared=1.440, shares=True),
+    HopperTile(8, 64, 4, 4, resident=5, alone=0.410, shared=0.186),
+    HopperTile(8, 128, 4, 4, resident=3, alone=0.650, shared=0.252, shares=True),
+    HopperTile(16, 64, 4, 4, resident=5, alone=0.311, shared=0.182),
+    HopperTile(16, 128, 4, 4, resident=3, alone=0.438, shared=0.349, shares=True),
+    HopperTile(32, 64, 4, 4, resident=4, alone=0.335, shared=0.231),
+    HopperTile(32, 128, 4, 4, resident=2, alone=0.679, shared=0.321, shares=True),
+    HopperTile(64, 64, 4, 4, resident=2, alone=0.364, shared=0.280),
+    HopperTile(64, 128, 4, 4, resident=2, alone=0.529, shared=0.488, shares=True),
+    HopperTile(96, 64, 4, 4, resident=1, alone=0.461, shared=0.461),
+    HopperTile(96, 64, 4, 3, resident=2, alone=0.712, shared=0.295),
+    HopperTile(96, 128, 4, 3, resident=2, alone=1.252, shared=0.586, shares=True),
+    HopperTile(128, 64, 4, 3, resident=2, alone=0.741, shared=0.358, shares=True),
+    HopperTile(128, 64, 4, 4, resident=1, alone=0.495, shared=0.495),
+    HopperTile(128, 128, 8, 3, resident=1, alone=0.786, shared=0.786, shares=True),
+    HopperTile(192, 64, 4, 2, resident=2, alone=1.155, shared=0.485),
+    HopperTile(192, 64, 4, 3, resident=1, alone=0.641, shared=0.641),
+    HopperTile(256, 128, 8, 3, resident=1, alone=1.404, shared=1.404, shares=True),
     # 16 tokens, us: 6144 x 4096 7.8 by 4 slices, pipelined 8.9; 8192 x 28672 43 by 8, 49 by 2; but
     # (in earlier runs) 28672 x 4096 25 whole, 23. The last: 12352 x 2048, 256 tokens, 20, 26
-    HopperTile(16, 64, 4, 4, 6, alone=0.424, shared=0.166, pipelined=False, coarse_slices=4),
+    HopperTile(16, 64, 4, 4, 6, alone=0.422, shared=0.166, pipelined=False, coarse_slices=4),
     HopperTile(
-        16, 128, 4, 3, 4, alone=0.512, shared=0.301, pipelined=False, coarse_slices=4, shares=True
+        16, 128, 4, 3, 4, alone=0.513, shared=0.300, pipelined=False, coarse_slices=4, shares=True
     ),
     HopperTile(
-        32, 128, 4, 4, 3, alone=0.793, shared=0.309, pipelined=False, coarse_slices=4, shares=True
+        32, 128, 4, 4, 3, alone=0.795, shared=0.307, pipelined=False, coarse_slices=4, shares=True
     ),
     HopperTile(
-        64, 128, 4, 3, 3, alone=1.197, shared=0.435, pipelined=False, coarse_slices=4, shares=True
+        64, 128, 4, 3, 3, alone=1.204, shared=0.437, pipelined=False, coarse_slices=4, shares=True
     ),
-    HopperTile(128, 64, 4, 2, 3, alone=1.117, shared=0.400, pipelined=False),
+    HopperTile(128, 64, 4, 2, 3, alone=1.109, shared=0.397, pipelined=False),
 )
-FILL = 2.442
-ADD_SLICE = 0.228
-ADD_PART = 1.147
-ADD_EVEN = 1.165
+FILL = 2.664
+ADD_SLICE = 0.222
+ADD_PART = 1.127
+ADD_EVEN = 1.356
 # a us; of L2, a us and a multiprocessor
 READ_BYTES = 4.366e6
 READ_FINE_BYTES = 3.807e6
-L2_BYTES = 96.429e3
+L2_BYTES = 97.837e3
 # the same where x has more bytes than this
-L2_FAR_BYTES = 79.852e3
+L2_FAR_BYTES = 80.730e3
 NEAR_BYTES = 4 << 20
 # what scales finer than a step add to `alone` and to `shared`, and to both in large tiles
-FINE_ALONE = 0.179
+FINE_ALONE = 0.180
 FINE_SHARED = 0.026
-FINE_LARGE = 0.075
+FINE_LARGE = 0.077
 LARGE_M = 96
 # tokens from which the next kernel's early programs never crowd out this one's, and weights
 PDL_MIN_M = 32
@@ -237,7 +237,8 @@ def candidates(p: Problem, num_sms: int) -> Iterator[Candidate]:
         # far too small, and not measured
         if tile.block_m < min(p.m, 64) / 2 or 8 * tile.block_m < min(p.m, 1024):
             continue
-        if not p.symmetric and (tile.block_m, tile.block_n) == NO_ZERO_POINTS:
+        without_zero_points = (tile.block_m, tile.block_n) == NO_ZERO_POINTS
+        if without_zero_points and not p.symmetric:
             continue
         tiles = _tiles(p, tile)
         fill = tile.resident * num_sms
@@ -251,7 +252,10 @@ def candidates(p: Problem, num_sms: int) -> Iterator[Candidate]:
                 yield Candidate(tile, split_k, 0, False)
         # steps of up to two tiles a program, times programs, are counted in 32 bits
         counted = 2 * fill * fill * steps < 1 << 31
-        if tile.shares and tiles > fill and steps >= MIN_SHARED_STEPS and counted:
+        # no registers for what ragged steps of fine groups take
+        too_ragged = without_zero_points and p.group_size < 128 and p.k % 128
+        shares = tile.shares and steps >= MIN_SHARED_STEPS and counted and not too_ragged
+        if shares and tiles > fill:
             yield Candidate(tile, 1, fill, False)
             if tiles % fill:
                 yield Candidate(tile, 1, fill, True)

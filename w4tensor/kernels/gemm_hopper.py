@@ -209,14 +209,13 @@ def gemm_hopper(
     by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
     options: dict[str, Any] = {"launch_pdl": True} if plan.pdl else {}
     # each has a tile, and a tile's ends have as many steps as the ring has stages, or there is
-    # nothing to share
-    shared = 0 < plan.programs <= tiles and steps >= 3 * plan.num_stages
+    # nothing to share. The other kernel stores y one by one: it has registers for addresses
+    shared = by_tiles and 0 < plan.programs <= tiles and steps >= 3 * plan.num_stages
     # rounds of whole tiles before what is shared evenly, and sums that are stored
     rounds, stored = 0, tiles * (split_k - 1)
     if shared:
         rounds = tiles // plan.programs - 1
-        # one by one, y takes registers for addresses, which only the other kernel has
-        stored = plan.programs if plan.even or not by_tiles else 0
+        stored = plan.programs * plan.even
     else:
         shortest = zero_point is None and x.dtype == scale.dtype == torch.bfloat16
         scale_a_step = n_groups == 1 or group_size >= 128
@@ -241,7 +240,7 @@ def gemm_hopper(
         descriptor(words, (n, 16 * steps), 16 * steps, (plan.block_n, 16), gl.int32),
         of_y(first),
         of_y(second),
-        y,
+        *(() if shared else (y,)),
         scale,
         zero_point,
         bias,

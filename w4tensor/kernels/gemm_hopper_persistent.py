@@ -72,7 +72,6 @@ def gemm_hopper_persistent_kernel(
     w_desc,
     y_desc,
     more_y_desc,
-    y_ptr,
     scale_ptr,
     zero_ptr,
     bias_ptr,
@@ -104,8 +103,6 @@ def gemm_hopper_persistent_kernel(
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
     EVEN: gl.constexpr = part_ptr is not None
-    # whether the next tile's first scales come while y is stored: if there are registers
-    EARLY: gl.constexpr = y_desc is not None and not EVEN
     if MORE:
         x_descs = x_desc, more_x_desc
         y_descs = y_desc, more_y_desc
@@ -180,7 +177,8 @@ def gemm_hopper_persistent_kernel(
             PIPELINED,
         )
         row = gl.minimum(n_tile * BLOCK_N + r, N - 1)
-        if EARLY:
+        if not EVEN:
+            # they come while y is stored, for which sums of others leave no registers
             factors = fetch_factors(
                 scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
             )
@@ -203,11 +201,11 @@ def gemm_hopper_persistent_kernel(
                         parts = part_ptr + (mine - 1).to(gl.int64) * TILE
                         sums = add_parts(sums, parts + columns[i] * BLOCK_N, 1, TILE)
                 memory = ring[0][i].index(stage)
-                finish(sums, bias_ptr, y_descs[i], y_ptr, memory, n0, m[i], M, N, HALVES)
+                finish(sums, bias_ptr, y_descs[i], None, memory, n0, m[i], M, N, HALVES)
         else:
             # the stage that is fetched anew next: all have read it
             barrier()
-        if not EARLY:
+        if EVEN:
             factors = fetch_factors(
                 scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
             )

@@ -50,7 +50,7 @@ def built(
         w_desc=descriptor("i32", block_n, 16, gl.int32),
         y_desc=descriptor(dtype, first, block_n, element),
         more_y_desc=descriptor(dtype, more or first, block_n, element),
-        y_ptr=f"*{dtype}",
+        **({} if shared else {"y_ptr": f"*{dtype}"}),
         scale_ptr=f"*{scale}",
         token="i64",
     )
