@@ -33,6 +33,7 @@ from benchmarks import timing
 from w4tensor import arch, moe
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch
 from w4tensor.dispatch_experts import (
+    SHARED_RESIDENT,
     SLICES,
     ActQuantGroupedPlan,
     ExpertsPlan,
@@ -42,10 +43,11 @@ from w4tensor.dispatch_experts import (
     HopperGroupedPlan,
     HopperInt8GroupedPlan,
     PairsPlan,
+    fit_together,
     plan_experts,
 )
 from w4tensor.dispatch_gemv import WARP_K, GemvPlan, serves_gemv
-from w4tensor.kernels.routing import route
+from w4tensor.kernels.routing import route, tiles_of
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
 from w4tensor.testing import (
@@ -124,7 +126,9 @@ def grouped_candidates(block_m: int, kwidth: int, fine: bool) -> Iterator[Groupe
                 yield GroupedPlan(block_m, block_n, after, order, warps, stages, narrow_m)
 
 
-def hopper_candidates(block_m: int, slices: tuple[int, ...] = (1,)) -> Iterator[HopperGroupedPlan]:
+def hopper_candidates(
+    block_m: int, num_sms: int, slices: tuple[int, ...] = (1,)
+) -> Iterator[HopperGroupedPlan]:
     for block_n, warps, stages, pipelined, split_k in itertools.product(
         (64, 128), (4, 8), (2, 3, 4, 5), (True, False), slices
     ):
@@ -134,9 +138,12 @@ def hopper_candidates(block_m: int, slices: tuple[int, ...] = (1,)) -> Iterator[
         if block_n < 16 * warps or sums > 128 or shared > SHARED_BYTES:
             continue
         for narrow_m in _narrow_on_hopper(block_m):
-            yield HopperGroupedPlan(
+            plan = HopperGroupedPlan(
                 block_m, block_n, warps, stages, narrow_m, False, split_k, pipelined
             )
+            yield plan
+            if split_k == 1 and block_m in SHARED_RESIDENT:
+                yield replace(plan, programs=SHARED_RESIDENT[block_m] * num_sms)
 
 
 def hopper_int8_candidates(block_m: int) -> Iterator[HopperInt8GroupedPlan]:
@@ -176,7 +183,7 @@ def candidates(problem: ExpertsProblem, target: Arch) -> tuple[list[Plan], list[
 
     def grouped(block_m: int, slices: tuple[int, ...] = (1,)) -> Iterator[Plan]:
         if target.capability[0] == HOPPER:
-            yield from hopper_candidates(block_m, slices)
+            yield from hopper_candidates(block_m, target.num_sms, slices)
             if int8:
                 yield from hopper_int8_candidates(block_m)
         elif not int8 or (block_m == 8 and kwidth == 4):
@@ -222,9 +229,11 @@ def finalists(ranking: Ranking) -> Iterator[ExpertsPlan]:
     for block_m in TILES_OF_TOKENS:
         tiles = best(0, block_m, 2)
         for a, b in itertools.product(tiles, best(1, block_m, 2)):
-            yield ExpertsPlan(a, b)
+            if fit_together(a, b):
+                yield ExpertsPlan(a, b)
         for a, b in itertools.product(tiles[:1], best(1, block_m, 1)):
-            yield ExpertsPlan(replace(a, pdl=True), replace(b, pdl=True))
+            if fit_together(a, b):
+                yield ExpertsPlan(replace(a, pdl=True), replace(b, pdl=True))
         for a, b in itertools.product(tiles[:1], best(1, None, 1)):
             yield ExpertsPlan(a, b)
 
@@ -287,7 +296,9 @@ class Load:
         for ids, weight, _, down in self.turns:
             rows = None
             if not isinstance(plan, FewPlan):
-                rows = moe.Rows(*route(ids, self.problem.experts, plan.block_m))
+                order, offs, _ = route(ids, self.problem.experts, plan.block_m)
+                tiles = tiles_of(offs, len(order), plan.block_m, getattr(plan, "narrow_m", 0))
+                rows = moe.Rows(order, offs, tiles)
             routing = moe.Routing(ids, weight, rows)
             calls.append(
                 lambda routing=routing, down=down: moe.second_product(self.h, routing, down, both)

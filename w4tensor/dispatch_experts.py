@@ -34,6 +34,7 @@ __all__ = [
     "HopperInt8GroupedPlan",
     "PairsPlan",
     "RowsPlan",
+    "fit_together",
     "plan_experts",
     "plan_gathered",
     "plan_grouped",
@@ -135,6 +136,8 @@ class HopperGroupedPlan:
     Fields:
         split_k: slices of K, whose sums are left to be added; 1 in a block's first product.
         pipelined: as in HopperPlan.
+        programs: how many share the tiles (kernels/grouped_hopper_persistent.py), of a block's
+            second product only if of its first; 0: each tile has one.
     """
 
     block_m: int
@@ -145,12 +148,14 @@ class HopperGroupedPlan:
     pdl: bool = True
     split_k: int = 1
     pipelined: bool = True
+    programs: int = 0
 
     @property
     def name(self) -> str:
         split = f"/{self.split_k}" if self.split_k > 1 else ""
+        shared = f" by {self.programs}" if self.programs else ""
         how = "" if self.pipelined else " unpipelined"
-        return f"grouped {self.block_m}x{self.block_n}{split}{how}"
+        return f"grouped {self.block_m}x{self.block_n}{split}{shared}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +199,13 @@ class ActQuantGroupedPlan:
 # mean rows of an expert that is hit -> the best tile on an H200 of those in
 # benchmarks/results/tune_moe.csv, at 1.3 to 512 rows; wide tiles lose more to experts that end
 # within one than they save
+ROWS_OF_64 = 100.0
 HOPPER_TILES = (
     (6.0, HopperGroupedPlan(8, 128, 4, 4)),
     (12.0, HopperGroupedPlan(16, 128, 4, 4)),
     (28.0, HopperGroupedPlan(32, 128, 4, 4, narrow_m=8)),
     (45.0, HopperGroupedPlan(64, 128, 4, 4, narrow_m=32)),
-    (100.0, HopperGroupedPlan(64, 128, 4, 4, narrow_m=16)),
+    (ROWS_OF_64, HopperGroupedPlan(64, 128, 4, 4, narrow_m=16)),
     (200.0, HopperGroupedPlan(128, 64, 4, 3, narrow_m=32)),
     (math.inf, HopperGroupedPlan(256, 128, 8, 3, narrow_m=64)),
 )
@@ -221,6 +227,19 @@ SLICED_M = 16
 SLICED_RESIDENT = 3
 SLICES = (1, 2, 3, 4)
 
+# programs that share the tiles of so many rows, on a multiprocessor, where K is no longer than this
+# and scales are not too fine. us of a block by tiles that are not shared and by shared ones, in one
+# run on an H200: E=256, 1600 tokens 297, 267, 4096 664, 607; Qwen3, 1024 tokens 259, 242, 4096 750,
+# 683; OLMoE, 1024 280, 265; Mixtral, 512 820, with its first product 792, with both 798; gpt-oss,
+# 1024 522, 538. Of fewer rows: E=256, 256 tokens 139, 138, Qwen3 119, 127
+SHARED_RESIDENT = {64: 2, 128: 2, 256: 1}
+SHARED_K = 4096
+SHARED_GROUP = {64: 32, 128: 128, 256: 32}
+# where one of a block's products has no longer K, tiles of 64 rows serve up to so many. E=256, 4096
+# tokens (128 rows), shared: 607 us, by tiles of 128 rows 632
+SHORT_K = 512
+SHORT_K_ROWS = 200.0
+
 # the same of int8 tiles, where tokens have one scale each
 HOPPER_INT8_TILES = (
     (3.0, HopperInt8GroupedPlan(8, 128, 256, 4, 3)),
@@ -241,7 +260,7 @@ RowsPlan = GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGro
 class ExpertsPlan:
     """Both products of a block: pairs and pairs, grouped and pairs, or grouped and grouped.
 
-    Two grouped ones share block_m, as they share the list of tiles.
+    Two grouped ones share the list of tiles: fit_together().
     """
 
     first: FewPlan | RowsPlan
@@ -250,6 +269,17 @@ class ExpertsPlan:
     @property
     def name(self) -> str:
         return f"{self.first.name}; {self.second.name}"
+
+
+def fit_together(first: RowsPlan, second: RowsPlan) -> bool:
+    """Whether the list of tiles that the first product has made serves the second.
+
+    Programs share the tiles of a list that has no holes, and wide ones before narrow ones.
+    """
+    if not isinstance(second, HopperGroupedPlan) or not second.programs:
+        return second.block_m == first.block_m
+    shared = isinstance(first, HopperGroupedPlan) and first.programs > 0
+    return shared and (second.block_m, second.narrow_m) == (first.block_m, first.narrow_m)
 
 
 def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
@@ -274,7 +304,11 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
     first = for_short_loops(tile, p.hidden, p.rows_an_expert)
-    return ExpertsPlan(first=first, second=_of_second_product(tile, p, arch))
+    first = shared(first, p.hidden, p.group_size, arch)
+    second = _of_second_product(tile, p, arch)
+    if isinstance(first, HopperGroupedPlan) and first.programs:
+        second = shared(second, p.inter, p.group_size, arch)
+    return ExpertsPlan(first=first, second=second)
 
 
 def for_short_loops(tile: RowsPlan, k: int, mean_rows: float) -> RowsPlan:
@@ -283,6 +317,15 @@ def for_short_loops(tile: RowsPlan, k: int, mean_rows: float) -> RowsPlan:
     if not isinstance(tile, HopperGroupedPlan) or k > most or tile.block_m > UNPIPELINED_M:
         return tile
     return replace(tile, num_stages=UNPIPELINED_STAGES, pipelined=False)
+
+
+def shared(tile: RowsPlan, k: int, group_size: int, arch: Arch) -> RowsPlan:
+    """The tile, shared by as many programs as the card holds where that is faster."""
+    if not isinstance(tile, HopperGroupedPlan) or tile.split_k > 1 or k > SHARED_K:
+        return tile
+    if group_size < SHARED_GROUP.get(tile.block_m, math.inf):
+        return tile
+    return replace(tile, programs=SHARED_RESIDENT[tile.block_m] * arch.num_sms)
 
 
 def _of_second_product(tile: RowsPlan, p: ExpertsProblem, arch: Arch) -> RowsPlan:
@@ -361,7 +404,7 @@ def plan_grouped(
     hit = experts * (1 - (1 - 1 / experts) ** rows)
     mean_rows = rows / max(hit, 1.0)
     tile = _plan_grouped(mean_rows, group_size, k, k, arch, act_group_size)
-    return for_short_loops(tile, k, mean_rows)
+    return shared(for_short_loops(tile, k, mean_rows), k, group_size, arch)
 
 
 def plan_gathered(
@@ -379,7 +422,8 @@ def plan_gathered(
     if problem.few_pairs:
         return _plan_few(rows, 1, n, k, group_size, act_group_size, symmetric, arch, "none")
     tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
-    return for_short_loops(tile, k, problem.rows_an_expert)
+    tile = for_short_loops(tile, k, problem.rows_an_expert)
+    return shared(tile, k, group_size, arch)
 
 
 def _plan_grouped(
@@ -394,9 +438,11 @@ def _plan_grouped(
     # what the tensor memory accelerator reads, and scales that words have one of
     aligned = k_first % 8 == 0 and k_second % 8 == 0 and group_size != 16
     if hopper and aligned:
-        int8 = mean_rows <= _most_int8_rows(group_size, act_group_size)
-        tiles = HOPPER_INT8_TILES if int8 else HOPPER_TILES
-        return next(plan for most, plan in tiles if mean_rows <= most)
+        if mean_rows <= _most_int8_rows(group_size, act_group_size):
+            return next(plan for most, plan in HOPPER_INT8_TILES if mean_rows <= most)
+        if mean_rows <= SHORT_K_ROWS and min(k_first, k_second) <= SHORT_K:
+            mean_rows = min(mean_rows, ROWS_OF_64)
+        return next(plan for most, plan in HOPPER_TILES if mean_rows <= most)
     block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)
     # wgmma, and every mma from some release on, takes k in its own order
     natural = (hopper and block_m >= 16) or arch.triton >= KWIDTH_2_EVERYWHERE

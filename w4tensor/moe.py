@@ -27,6 +27,7 @@ from w4tensor.dispatch_experts import (
     HopperGroupedPlan,
     HopperInt8GroupedPlan,
     RowsPlan,
+    fit_together,
 )
 from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
@@ -132,7 +133,7 @@ def first_product(
     if isinstance(plan.first, FewPlan):
         _pairs(x, ids.view(-1, 1), gate_up, h, plan.first, x_div=top_k, gate=gate, act=act)
         return h, Routing(ids, weight, None)
-    rows = Rows(*route(ids, n_experts, plan.first.block_m, plan.first.pdl))
+    rows = _routed(ids, n_experts, plan.first, plan.first.pdl)
     scatter = isinstance(plan.second, FewPlan)
     fused = dict(scatter=scatter, gate=gate, act=act)
     _grouped(x, rows, gate_up, h, plan.first, x_div=top_k, **fused)
@@ -147,7 +148,7 @@ def second_product(h: Tensor, routing: Routing, down: Stack, plan: ExpertsPlan) 
     if isinstance(plan.second, FewPlan):
         return _pairs(h, routing.ids, down, y, plan.second, weight=routing.weight)
     assert routing.rows is not None and not isinstance(plan.first, FewPlan)
-    assert plan.second.block_m == plan.first.block_m, "the tiles are those of the first product"
+    assert fit_together(plan.first, plan.second), "the tiles are those of the first product"
     split_k = plan.second.split_k if isinstance(plan.second, HopperGroupedPlan) else 1
     if split_k > 1:
         pairs = torch.empty(split_k, tokens * top_k, n, dtype=torch.float32, device=h.device)
@@ -163,7 +164,7 @@ def grouped_linear(x: Tensor, offs: Tensor, stack: Stack, plan: RowsPlan) -> Ten
     Rows from offs[-1] on are zero.
     """
     y = torch.empty(x.shape[0], stack.scale.shape[1], dtype=x.dtype, device=x.device)
-    rows = Rows(None, offs, tiles_of(offs, x.shape[0], plan.block_m))
+    rows = Rows(None, offs, tiles_of(offs, x.shape[0], plan.block_m, plan.narrow_m))
     return _grouped(x, rows, stack, y, plan)
 
 
@@ -176,8 +177,17 @@ def gathered_linear(x: Tensor, ids: Tensor, stack: Stack, plan: FewPlan | RowsPl
         return _pairs(x, ids.view(-1, 1), stack, y, plan)
     # rows that chose no expert are in no tile
     y = torch.zeros(x.shape[0], n, dtype=x.dtype, device=x.device)
-    rows = Rows(*route(ids, n_experts, plan.block_m))
+    rows = _routed(ids, n_experts, plan)
     return _grouped(x, rows, stack, y, plan, x_div=1, scatter=True)
+
+
+def _routed(ids: Tensor, n_experts: int, plan: RowsPlan, pdl: bool = False) -> Rows:
+    # tiles that programs share are listed when rows are gathered
+    return Rows(*route(ids, n_experts, plan.block_m, pdl, listed=not _is_shared(plan)))
+
+
+def _is_shared(plan: FewPlan | RowsPlan) -> bool:
+    return isinstance(plan, HopperGroupedPlan) and plan.programs > 0
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -224,9 +234,10 @@ def _grouped(
         x = _sixteen_bit(x, stack, word_order=True, pdl=plan.pdl)
         if x_div > 0:
             assert order is not None, "rows as given are where they should be"
-            x = gather_rows(x, order, offs, x_div, plan.pdl)
-        # routed rows were gathered, or are another product's, after their tiles were made
-        fused["wait_for_tiles"] = order is None
+            listed = (tiles, plan.block_m, plan.narrow_m) if _is_shared(plan) else ()
+            x = gather_rows(x, order, offs, x_div, plan.pdl, *listed)
+        # or routed rows were gathered, or are another product's, after their tiles were made
+        fused["wait_for_tiles"] = order is None or (x_div > 0 and _is_shared(plan))
         return multiply_grouped_hopper(
             x, order, tiles, *weights, y, stack.group_size, plan, **fused
         )

@@ -1,4 +1,7 @@
-"""Rows of x by expert: what the tensor memory accelerator reads has to stand sorted in memory."""
+"""Rows of x by expert: what the tensor memory accelerator reads has to stand sorted in memory.
+
+Programs behind those of the rows list the tiles, where that was left to them (routing.py).
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,55 @@ import triton.language as tl
 from torch import Tensor
 
 from w4tensor.kernels.launcher import Launcher
+from w4tensor.kernels.routing import BLOCK_SLOTS, block_of_experts, list_tiles
 
 # bytes of a row that a program copies
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["n_experts"])
+@triton.jit(do_not_specialize=["n_experts", "n_rows", "n_tiles"])
 def _gather_kernel(
     x_ptr,
     order_ptr,
     offs_ptr,
     out_ptr,
+    tiles_ptr,
     n_experts,
+    n_rows,
+    n_tiles,
     K,
     stride_x,
     X_DIV: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
+    given = tl.load(offs_ptr + n_experts - 1)
+    if tiles_ptr is not None:
+        if (row >= n_rows) & (tl.program_id(1) == 0):
+            e = tl.program_id(0) - n_rows
+            list_tiles(
+                offs_ptr,
+                tiles_ptr,
+                e,
+                given,
+                n_experts,
+                n_tiles,
+                BLOCK_M,
+                NARROW,
+                BLOCK_E,
+                BLOCK_SLOTS,
+            )
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # rows of sentinels are nobody's
-    if row < tl.load(offs_ptr + n_experts - 1):
+    if row < given:
         x_row = tl.load(order_ptr + row).to(tl.int64) // X_DIV
         tl.store(
             out_ptr + row * K + k, tl.load(x_ptr + x_row * stride_x + k, mask=k < K), mask=k < K
@@ -42,22 +69,42 @@ def _gather_kernel(
 _launch = Launcher(_gather_kernel)
 
 
-def gather_rows(x: Tensor, order: Tensor, offs: Tensor, x_div: int, pdl: bool) -> Tensor:
-    """x [T, K] -> [pairs, K]: row r is x[order[r] // x_div]; those from offs[-1] on are unset."""
+def gather_rows(
+    x: Tensor,
+    order: Tensor,
+    offs: Tensor,
+    x_div: int,
+    pdl: bool,
+    tiles: Tensor | None = None,
+    block_m: int = 1,
+    narrow_m: int = 0,
+) -> Tensor:
+    """x [T, K] -> [pairs, K]: row r is x[order[r] // x_div]; those from offs[-1] on are unset.
+
+    tiles: to be filled as list_tiles() does, if any.
+    """
     k = x.shape[1]
     out = torch.empty(order.numel(), k, device=x.device, dtype=x.dtype)
     block = min(BLOCK // x.element_size(), 1 << (k - 1).bit_length())
+    n_rows, n_experts = order.numel(), offs.numel()
     _launch(
-        (order.numel(), -(-k // block)),
+        (n_rows + (0 if tiles is None else n_experts + 1), -(-k // block)),
         x,
         order,
         offs,
         out,
-        offs.numel(),
+        tiles,
+        n_experts,
+        n_rows,
+        0 if tiles is None else len(tiles),
         k,
         x.stride(0),
         X_DIV=x_div,
         BLOCK=block,
+        BLOCK_M=block_m,
+        NARROW=narrow_m,
+        BLOCK_E=block_of_experts(n_experts),
+        BLOCK_SLOTS=BLOCK_SLOTS,
         PDL=pdl,
         num_warps=4,
         **({"launch_pdl": True} if pdl else {}),

@@ -107,10 +107,8 @@ def _gemm_hopper_kernel(
         columns = (0,)
     acc, xs = accumulate(
         x_descs,
-        m,
         w_desc,
-        n0,
-        n0,
+        (m, n0, n0),
         row,
         scale_ptr,
         zero_ptr,

@@ -18,10 +18,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from w4tensor.kernels.hopper_loop import add_steps, fetch_first, open_ring
+from w4tensor.kernels.hopper_loop import add_steps
 from w4tensor.kernels.hopper_memory import barrier, tokens_of
 from w4tensor.kernels.hopper_operand import fetch_factors, layout_of_rows
 from w4tensor.kernels.hopper_output import finish
+from w4tensor.kernels.hopper_ring import fetch_first, open_ring
 from w4tensor.kernels.hopper_slices import (
     add_parts,
     await_parts,
@@ -120,14 +121,13 @@ def gemm_hopper_persistent_kernel(
     tile, begin, end, has = _turn(0, rounds, tiles, steps, EVEN, STAGES)
     n_tile, m_tile = tile_at(tile, tiles_n, tiles_m, GROUP_N)
     ring = open_ring(x_descs, w_desc, BLOCK_N, STAGES)
+    n0 = n_tile * BLOCK_N
     factors = fetch_first(
         ring,
         x_descs,
-        first_tokens(m_tile * BLOCK_M, M, FIRST, MORE),
         w_desc,
-        n_tile * BLOCK_N,
-        n_tile * BLOCK_N,
-        gl.minimum(n_tile * BLOCK_N + r, N - 1),
+        (first_tokens(m_tile * BLOCK_M, M, FIRST, MORE), n0, n0),
+        gl.minimum(n0 + r, N - 1),
         scale_ptr,
         zero_ptr,
         n_groups,
@@ -147,13 +147,13 @@ def gemm_hopper_persistent_kernel(
         row = gl.minimum(n0 + r, N - 1)
         next_tile, next_begin, next_end, has = _turn(turn + 1, rounds, tiles, steps, EVEN, STAGES)
         n_tile, m_tile = tile_at(next_tile, tiles_n, tiles_m, GROUP_N)
+        next_n0 = n_tile * BLOCK_N
+        next_at = first_tokens(m_tile * BLOCK_M, M, FIRST, MORE), next_n0, next_n0
         acc, stage, phase = add_steps(
             ring,
             x_descs,
-            m,
             w_desc,
-            n0,
-            n0,
+            (m, n0, n0),
             row,
             scale_ptr,
             zero_ptr,
@@ -164,8 +164,7 @@ def gemm_hopper_persistent_kernel(
             steps,
             stage,
             phase,
-            first_tokens(m_tile * BLOCK_M, M, FIRST, MORE),
-            n_tile * BLOCK_N,
+            next_at,
             next_begin,
             has,
             turn > 0,
@@ -176,7 +175,7 @@ def gemm_hopper_persistent_kernel(
             WARPS,
             PIPELINED,
         )
-        row = gl.minimum(n_tile * BLOCK_N + r, N - 1)
+        row = gl.minimum(next_n0 + r, N - 1)
         if not EVEN:
             # they come while y is stored, for which sums of others leave no registers
             factors = fetch_factors(

@@ -16,12 +16,13 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from w4tensor.kernels.gate import activate, gated
 from w4tensor.kernels.grouped import tile_rows
+from w4tensor.kernels.grouped_hopper_persistent import grouped_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import accumulate, layout_of_sums
 from w4tensor.kernels.hopper_memory import aligned_rows, descriptor
 from w4tensor.kernels.hopper_operand import layout_of_rows
+from w4tensor.kernels.hopper_output import store_rows
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 
@@ -76,10 +77,8 @@ def _tile(
         i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
         sums, _ = accumulate(
             (x_desc,),
-            (first,),
             w_desc,
-            w_row,
-            w_row + N // 2,
+            ((first,), w_row, w_row + N // 2),
             expert.to(gl.int64) * N + tile_rows(pid_n, i, N, BLOCK_N, GATE),
             scale_ptr,
             zero_ptr,
@@ -202,51 +201,8 @@ def _grouped_hopper_kernel(
             )
 
 
-@gluon.constexpr_function
-def _layout_of_stores(out, warps):
-    """[BM, OUT], 16 bytes of a row to a lane."""
-    across = min(32, out // 8)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
-
-
-@gluon.jit
-def store_rows(
-    acc,
-    y_ptr,
-    order_ptr,
-    pid_n,
-    first,
-    end,
-    N,
-    SCATTER: gl.constexpr,
-    GATE: gl.constexpr,
-    ACT: gl.constexpr,
-):
-    """f(acc [BN, BM]) -> the rows of y."""
-    BN: gl.constexpr = acc.shape[0]
-    BM: gl.constexpr = acc.shape[1]
-    if GATE == "none":
-        OUT: gl.constexpr = BN
-        y = activate(acc, ACT)
-        n_out = N
-    else:
-        OUT: gl.constexpr = BN // 2
-        gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
-        y = gated(gate, up, ACT).reshape(OUT, BM)
-        n_out = N // 2
-    STORED: gl.constexpr = _layout_of_stores(OUT, gl.num_warps())
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty).permute(1, 0), STORED)
-    row = first + gl.arange(0, BM, gl.SliceLayout(1, STORED))
-    n = pid_n * OUT + gl.arange(0, OUT, gl.SliceLayout(0, STORED))
-    inside = row < end
-    y_row = row
-    if SCATTER:
-        y_row = gl.load(order_ptr + row, mask=inside, other=0)
-    at = y_row.to(gl.int64).expand_dims(1) * n_out + n.expand_dims(0)
-    gl.store(y_ptr + at, y, mask=inside.expand_dims(1) & (n < n_out).expand_dims(0))
-
-
 _launch_grouped_hopper = Launcher(_grouped_hopper_kernel)
+_launch_persistent = Launcher(grouped_hopper_persistent_kernel)
 
 
 def multiply_grouped_hopper(
@@ -289,8 +245,14 @@ def multiply_grouped_hopper(
     n_out = n if gate == "none" else n // 2
     assert plan.split_k <= steps, "a slice has a step"
     assert plan.split_k == 1 or gate == act == "none", "slices are sums, which others add"
-    _launch_grouped_hopper(
-        (-(-n_out // out), tiles.shape[0], plan.split_k),
+    columns = -(-n_out // out)
+    programs = min(plan.programs, columns * len(tiles))
+    # the memory that x had is that of y; the next tile's first steps come while the ring empties
+    shared = programs > 0 and plan.split_k == 1
+    shared = shared and y.dtype == x.dtype and steps >= plan.num_stages
+    launch = _launch_persistent if shared else _launch_grouped_hopper
+    launch(
+        (programs,) if shared else (columns, len(tiles), plan.split_k),
         *(
             descriptor(x, tuple(x.shape), x.stride(0), (rows, 128), dtype) if rows else None
             for rows in (plan.block_m, plan.narrow_m)
@@ -302,13 +264,13 @@ def multiply_grouped_hopper(
         scale,
         zero_point,
         bias,
-        y.shape[-2],
+        len(tiles) if shared else y.shape[-2],
         n,
         n_experts,
         steps,
         scale.shape[-1],
         BLOCK_N=plan.block_n,
-        SPLIT_K=plan.split_k,
+        **({} if shared else {"SPLIT_K": plan.split_k}),
         SCATTER=scatter,
         GROUP=0 if scale.shape[-1] == 1 else group_size,
         TOGETHER=groups_together(scale.shape[-1], group_size, plan.block_m),

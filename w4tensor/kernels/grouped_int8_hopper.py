@@ -17,9 +17,9 @@ from triton.experimental.gluon import language as gl
 
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.grouped import tile_rows
-from w4tensor.kernels.grouped_hopper import store_rows
 from w4tensor.kernels.hopper_int8_loop import accumulate_int8, layout_of_int8_sums
 from w4tensor.kernels.hopper_memory import descriptor
+from w4tensor.kernels.hopper_output import store_rows
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT

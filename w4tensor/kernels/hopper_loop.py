@@ -22,18 +22,16 @@ assembler makes the tile of 96 tokens and 128 rows wait for each multiplication 
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from w4tensor.kernels.hopper_memory import as_halves, barrier, fetch_words, load, tokens_of
+from w4tensor.kernels.hopper_memory import barrier, fetch_words
 from w4tensor.kernels.hopper_operand import (
     BF16_UNIT,
     fetch_factors,
@@ -42,6 +40,7 @@ from w4tensor.kernels.hopper_operand import (
     operand,
     prepare,
 )
+from w4tensor.kernels.hopper_ring import expect, fetch_first, fetch_x, open_ring, x_at
 from w4tensor.kernels.unpack import FP16_LIFT
 
 
@@ -52,43 +51,27 @@ def layout_of_sums(warps, columns):
 
 
 @gluon.jit
-def _expect(xs, ws, full, stage, ok):
-    """Tell `full` of a stage how many bytes fetch_words() and _fetch_x() bring."""
-    MORE: gl.constexpr = 0 if len(xs) == 1 else xs[-1].shape[1]
-    BYTES: gl.constexpr = (xs[0].shape[1] + MORE) * 256 + ws.shape[1] * 64
-    mbarrier.expect(full.index(stage), BYTES, pred=ok)
-
-
-@gluon.jit
-def _fetch_x(x_desc, xs, full, stage, x_row, step, ok):
-    for part in gl.static_range(len(xs)):
-        memory = xs[part].index(stage)
-        if len(x_desc[part].block_shape) == 3:
-            LAYOUT: gl.constexpr = x_desc[part].layout
-            both = as_halves(memory, LAYOUT)
-            load(x_desc[part], [0, 0, step * 128], full.index(stage), both, pred=ok)
-        else:
-            load(x_desc[part], [x_row[part], step * 128], full.index(stage), memory, pred=ok)
-
-
-@gluon.jit
 def _either(which, one, other):
-    """One of two tuples of as many numbers."""
-    if len(one) == 1:
-        return (gl.where(which, one[0], other[0]),)
-    else:
-        return gl.where(which, one[0], other[0]), gl.where(which, one[1], other[1])
+    """One of two tiles, as add_steps() has them."""
+    x_row = ()
+    for i in gl.static_range(len(one[0])):
+        x_row += (gl.where(which, one[0][i], other[0][i]),)
+    out = (x_row,)
+    for i in gl.static_range(1, len(one)):
+        out += (gl.where(which, one[i], other[i]),)
+    return out
 
 
 @gluon.jit
-def _multiply(z, xs, stage, HALF: gl.constexpr, acc):
+def _multiply(z, ring, stage, HALF: gl.constexpr, acc, CHOICE: gl.constexpr):
     """Start acc += weights z [BN, 64] times k 64 * HALF .. of every part of x [BM, 128]."""
-    first = xs[0].index(stage).slice(HALF * 64, 64, 1).permute((1, 0))
+    FIRST: gl.constexpr = 0 if CHOICE is None else CHOICE
+    first = x_at(ring, FIRST, stage).slice(HALF * 64, 64, 1).permute((1, 0))
     sums = warpgroup_mma(z, first, acc[0], is_async=True)
-    if len(xs) == 1:
+    if len(acc) == 1:
         return (sums,)
     else:
-        second = xs[1].index(stage).slice(HALF * 64, 64, 1).permute((1, 0))
+        second = x_at(ring, 1, stage).slice(HALF * 64, 64, 1).permute((1, 0))
         return sums, warpgroup_mma(z, second, acc[1], is_async=True)
 
 
@@ -114,85 +97,11 @@ def _settle(acc, z, newest, PIPELINED: gl.constexpr):
 
 
 @gluon.jit
-def open_ring(x_desc, w_desc, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Memory of x and of words, STAGES steps of each, and barriers that say when a step is there.
-
-    x_desc and the memory of x: one or two, for as many runs of tokens. Boxes of x are [BM, 128], or
-    [2, BM / 2, 128] of all tokens.
-    """
-    DTYPE: gl.constexpr = x_desc[0].dtype
-    BLOCK_M: gl.constexpr = tokens_of(x_desc[0].block_shape)
-    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 128], DTYPE)
-    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, 128], X),)
-    if len(x_desc) == 2:
-        MORE: gl.constexpr = x_desc[1].block_shape[0]
-        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, MORE, 128], x_desc[1].layout),)
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N, 16], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-    fence_async_shared()
-    barrier()
-    return xs, ws, full
-
-
-@gluon.jit
-def fetch_first(
-    ring,
-    x_desc,
-    x_row,
-    w_desc,
-    w_row,
-    up_row,
-    row,
-    scale_ptr,
-    zero_ptr,
-    n_groups,
-    begin,
-    end,
-    GROUP: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    ACT_QUANT: gl.constexpr,
-    GATE: gl.constexpr,
-    WARPS: gl.constexpr,
-    PDL: gl.constexpr,
-    SCALES_FIRST: gl.constexpr,
-):
-    """Fetch steps begin .., as many as the ring holds -> the factors of the first one.
-
-    Parameters as add_steps() has them.
-    """
-    xs, ws, full = ring
-    STAGES: gl.constexpr = ws.shape[0]
-    for s in gl.static_range(STAGES):
-        ok = begin + s < end
-        _expect(xs, ws, full, s, ok)
-        fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
-    if SCALES_FIRST:
-        factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
-        )
-    if PDL:
-        # weights are nobody's output; x is that of the kernel before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for s in gl.static_range(STAGES):
-        _fetch_x(x_desc, xs, full, s, x_row, begin + s, begin + s < end)
-    if not SCALES_FIRST:
-        factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
-        )
-    return factors
-
-
-@gluon.jit
 def add_steps(
     ring,
     x_desc,
-    x_row,
     w_desc,
-    w_row,
-    up_row,
+    at,
     row,
     scale_ptr,
     zero_ptr,
@@ -205,9 +114,8 @@ def add_steps(
     # where in the ring that step is, and how often the ring came around, modulo 2
     stage,
     phase,
-    # rows and first step of what is to be fetched after step end - 1, if anything; or None
-    next_x_row,
-    next_w_row,
+    # tile and first step of what is to be fetched after step end - 1, if anything; or None
+    next_at,
     next_begin,
     has_next,
     # whether the stage before `stage` is free only when what is stored through it has been read
@@ -221,6 +129,8 @@ def add_steps(
     GATE: gl.constexpr,
     WARPS: gl.constexpr,
     PIPELINED: gl.constexpr,
+    # which of the ring's choices the tile is; None if it has none
+    CHOICE: gl.constexpr = None,
 ):
     """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`; stage and phase of the last one.
 
@@ -228,9 +138,8 @@ def add_steps(
     the end it has the first steps of what is next, in all stages but the last one, which is free;
     that takes as many steps as there are stages.
 
-    x_desc, x_row and the sums: one or two, for as many runs of tokens. x_row, w_row: first rows of
-    x and of the words. up_row: of the words of up rows, where GATE is "halves". row [BN]: of the
-    scales and zero points, for each row of the operand.
+    x_desc, at: as hopper_ring.py has them; one or two sums, as there are runs of tokens. row [BN]:
+    of the scales and zero points, for each row of the operand.
     """
     xs, ws, full = ring
     STAGES: gl.constexpr = ws.shape[0]
@@ -239,11 +148,11 @@ def add_steps(
     # an fp32 x is bf16 here, beside scales that are not
     BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
     FAST: gl.constexpr = BF16 and zero_ptr is None
-    BLOCK_M: gl.constexpr = xs[0].shape[1]
+    BLOCK_M: gl.constexpr = xs[0 if CHOICE is None else CHOICE].shape[1]
     ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
-    if len(xs) == 2:
+    if len(xs) == 2 and CHOICE is None:
         MORE: gl.constexpr = xs[1].shape[1]
         acc += (gl.zeros([BLOCK_N, MORE], gl.float32, layout_of_sums(WARPS, MORE)),)
     mbarrier.wait(full.index(stage), phase)
@@ -255,20 +164,20 @@ def add_steps(
         scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
     )
     z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = _multiply(z_a, xs, stage, 0, acc)
+    acc = _multiply(z_a, ring, stage, 0, acc, CHOICE)
     if has_next is not None:
         if stores:
             tma.store_wait(0)
             barrier()
             before = gl.where(stage == 0, STAGES - 1, stage - 1)
             last = begin + STAGES - 1
-            _expect(xs, ws, full, before, True)
-            fetch_words(w_desc, ws, full, before, w_row, up_row, last, True, GATE)
-            _fetch_x(x_desc, xs, full, before, x_row, last, True)
+            expect(ring, before, at, True)
+            fetch_words(w_desc, ws, full, before, at[1], at[2], last, True, GATE)
+            fetch_x(x_desc, ring, before, at, last, True)
     acc, z_a = _wait(acc, z_a, 1 if PIPELINED else 0)
     for step in range(begin + 1, end):
         z_b = operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = _multiply(z_b, xs, stage, 1, acc)
+        acc = _multiply(z_b, ring, stage, 1, acc, CHOICE)
         done = stage
         stage += 1
         if stage == STAGES:
@@ -285,23 +194,21 @@ def add_steps(
             scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
         )
         z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
-        acc = _multiply(z_a, xs, stage, 0, acc)
+        acc = _multiply(z_a, ring, stage, 0, acc, CHOICE)
         acc, z_b, z_a = _settle(acc, z_b, z_a, PIPELINED)
         barrier()
         ahead = step - 1 + STAGES
         ok = ahead < end
-        at_x = x_row
-        at_w = w_row
+        fetched = at
         if has_next is not None:
-            at_x = _either(ok, x_row, next_x_row)
-            at_w = gl.where(ok, w_row, next_w_row)
+            fetched = _either(ok, at, next_at)
             ahead = gl.where(ok, ahead, next_begin + ahead - end)
             ok = ok | has_next
-        _expect(xs, ws, full, done, ok)
-        fetch_words(w_desc, ws, full, done, at_w, up_row, ahead, ok, GATE)
-        _fetch_x(x_desc, xs, full, done, at_x, ahead, ok)
+        expect(ring, done, fetched, ok)
+        fetch_words(w_desc, ws, full, done, fetched[1], fetched[2], ahead, ok, GATE)
+        fetch_x(x_desc, ring, done, fetched, ahead, ok)
     z_b = operand(words_b, terms_b, DTYPE, FAST, ACT_QUANT, OPERAND)
-    acc = _multiply(z_b, xs, stage, 1, acc)
+    acc = _multiply(z_b, ring, stage, 1, acc, CHOICE)
     acc, z_a = _wait(acc, z_a, 0)
     acc, z_b = _wait(acc, z_b, 0)
     if FAST:
@@ -319,10 +226,8 @@ def add_steps(
 @gluon.jit
 def accumulate(
     x_desc,
-    x_row,
     w_desc,
-    w_row,
-    up_row,
+    at,
     row,
     scale_ptr,
     zero_ptr,
@@ -347,10 +252,8 @@ def accumulate(
     factors = fetch_first(
         ring,
         x_desc,
-        x_row,
         w_desc,
-        w_row,
-        up_row,
+        at,
         row,
         scale_ptr,
         zero_ptr,
@@ -368,10 +271,8 @@ def accumulate(
     acc, _, _ = add_steps(
         ring,
         x_desc,
-        x_row,
         w_desc,
-        w_row,
-        up_row,
+        at,
         row,
         scale_ptr,
         zero_ptr,
@@ -382,7 +283,6 @@ def accumulate(
         steps,
         gl.to_tensor(0),
         gl.to_tensor(0),
-        None,
         None,
         None,
         None,

@@ -13,6 +13,9 @@ One launch and no communication: program e counts for itself how many pairs have
 which leaves room for ceil(count / BLOCK_M) tiles before slot(e + 1) (floor(a + b) >= floor(a) +
 floor(b), and an expert that has pairs raises min(e, first) by one), needs no sum over the tiles of
 others, and ends at pairs // BLOCK_M + min(E, pairs). Slots in between are empty: first row = end.
+
+Programs that share tiles evenly want no holes, and tiles of one cost side by side: list_tiles()
+makes such a list once offs is there.
 """
 
 from __future__ import annotations
@@ -111,9 +114,10 @@ def _route_kernel(
         end = first + _count(same)
     if e < E:
         tl.store(offs_ptr + e, end)
-    slot = first // BLOCK_M + tl.minimum(e, first)
-    slot_end = tl.where(e < E, end // BLOCK_M + tl.minimum(e + 1, end), n_tiles)
-    _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
+    if tiles_ptr is not None:
+        slot = first // BLOCK_M + tl.minimum(e, first)
+        slot_end = tl.where(e < E, end // BLOCK_M + tl.minimum(e + 1, end), n_tiles)
+        _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
 
     if end > first:
         if ONE_BLOCK:
@@ -125,6 +129,42 @@ def _route_kernel(
                 row = _place(order_ptr, row, ids == e, start + p)
 
 
+@triton.jit
+def list_tiles(
+    offs_ptr,
+    tiles_ptr,
+    e,
+    n_rows,
+    E,
+    n_tiles,
+    BLOCK_M: tl.constexpr,
+    # tiles with at most so many rows are narrow
+    NARROW: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """Tiles of expert e: wide ones of all experts, then narrow ones. e = E: those of the rows from
+    offs[-1] to n_rows, behind all, and then empty slots."""
+    i = tl.arange(0, BLOCK_E)
+    ends = tl.load(offs_ptr + i, mask=i < E, other=0)
+    count = ends - tl.load(offs_ptr + i - 1, mask=(i > 0) & (i < E), other=0)
+    rest = count % BLOCK_M
+    wide = count // BLOCK_M + (rest > NARROW).to(tl.int32)
+    narrow = ((rest > 0) & (rest <= NARROW)).to(tl.int32)
+    slot = tl.sum(tl.where(i < e, wide, 0), 0)
+    slot_end = slot + tl.sum(tl.where(i == e, wide, 0), 0)
+    slot_narrow = tl.sum(wide, 0) + tl.sum(tl.where(i < e, narrow, 0), 0)
+    first = tl.load(offs_ptr + e - 1, mask=e > 0, other=0)
+    if e < E:
+        end = tl.load(offs_ptr + e)
+        _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
+        first += (slot_end - slot) * BLOCK_M
+        slot_end = slot_narrow + (first < end).to(tl.int32)
+        _write_tiles(tiles_ptr, e, first, end, slot_narrow, slot_end, BLOCK_M, BLOCK_SLOTS)
+    else:
+        _write_tiles(tiles_ptr, e, first, n_rows, slot_narrow, n_tiles, BLOCK_M, BLOCK_SLOTS)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def _tiles_kernel(
     offs_ptr,
@@ -133,25 +173,29 @@ def _tiles_kernel(
     E,
     n_tiles,
     BLOCK_M: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    # program E lists the rows behind the last expert
     e = tl.program_id(0)
-    first = tl.load(offs_ptr + e - 1, mask=e > 0, other=0)
-    end = tl.load(offs_ptr + e, mask=e < E, other=0)
-    end = tl.where(e < E, end, n_rows)
-    slot = first // BLOCK_M + tl.minimum(e, first)
-    slot_end = tl.where(e < E, end // BLOCK_M + tl.minimum(e + 1, end), n_tiles)
-    _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
+    list_tiles(offs_ptr, tiles_ptr, e, n_rows, E, n_tiles, BLOCK_M, NARROW, BLOCK_E, BLOCK_SLOTS)
+
+
+def block_of_experts(n_experts: int) -> int:
+    """BLOCK_E of list_tiles()."""
+    return max(32, 1 << (n_experts - 1).bit_length())
 
 
 _launch_route = Launcher(_route_kernel)
 
 
-def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple[Tensor, ...]:
+def route(
+    ids: Tensor, n_experts: int, block_m: int, pdl: bool = False, listed: bool = True
+) -> tuple[Tensor, ...]:
     """ids [.., top_k] -> order int32 [pairs], offs int32 [E], tiles int32 [n_tiles, 3].
 
-    A pair is t * top_k + j. Ids outside 0..E-1 appear in no list: offs[-1] pairs do.
+    A pair is t * top_k + j. Ids outside 0..E-1 appear in no list: offs[-1] pairs do. If not listed,
+    tiles are left for list_tiles().
     """
     n_pairs = ids.numel()
     n_tiles = n_pairs // block_m + min(n_experts, n_pairs)
@@ -167,7 +211,7 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
         ids.contiguous(),
         order,
         offs,
-        tiles,
+        tiles if listed else None,
         n_pairs,
         n_experts,
         n_tiles,
@@ -186,8 +230,9 @@ def route(ids: Tensor, n_experts: int, block_m: int, pdl: bool = False) -> tuple
 _launch_tiles = Launcher(_tiles_kernel)
 
 
-def tiles_of(offs: Tensor, n_rows: int, block_m: int) -> Tensor:
-    """offs int32 [E], the row at which each expert ends -> tiles int32 [n_tiles, 3].
+def tiles_of(offs: Tensor, n_rows: int, block_m: int, narrow_m: int = 0) -> Tensor:
+    """offs int32 [E], the row at which each expert ends -> tiles int32 [n_tiles, 3], as
+    list_tiles() has them.
 
     Rows from offs[-1] on stand in tiles of their own, whose expert is E.
     """
@@ -202,6 +247,8 @@ def tiles_of(offs: Tensor, n_rows: int, block_m: int) -> Tensor:
         n_experts,
         n_tiles,
         BLOCK_M=block_m,
+        NARROW=narrow_m,
+        BLOCK_E=block_of_experts(n_experts),
         BLOCK_SLOTS=BLOCK_SLOTS,
         num_warps=1,
     )

@@ -57,16 +57,23 @@ def test_order_is_stable_and_tiles_cover_every_row_once(case):
     assert len(tiles) <= -(-pairs // block_m) + min(n_experts, pairs)
 
 
-@settings(max_examples=15)
-@given(routings(), st.integers(0, 20))
-def test_tiles_of_offs_cover_the_rows_behind_the_last_expert_too(case, tail):
+@settings(max_examples=25)
+@given(routings(), st.integers(0, 20), st.sampled_from([0, 2, 5]))
+def test_tiles_of_offs_are_in_order_without_holes(case, tail, narrow_m):
     ids, n_experts, block_m = case
     _, ends = _sorted_pairs(ids, n_experts)
     n_rows = ends[-1] + tail
-    tiles = tiles_of(torch.tensor(ends, dtype=torch.int32), n_rows, block_m)
+    tiles = tiles_of(torch.tensor(ends, dtype=torch.int32), n_rows, block_m, narrow_m)
     assert _rows_of_tiles(tiles, ends, block_m) == list(range(n_rows))
-    behind = [tile for tile in tiles.tolist() if tile[2] > ends[-1]]
-    assert all(expert == n_experts for expert, _, _ in behind)
+    listed = [tuple(tile) for tile in tiles.tolist() if tile[1] < tile[2]]
+    assert all(first == end for _, first, end in tiles[len(listed) :].tolist())
+    # wide tiles, narrow ones, and at last the rows behind the last expert; each by expert and row
+    kinds = [
+        2 if expert == n_experts else int(end - first <= narrow_m) for expert, first, end in listed
+    ]
+    keys = list(zip(kinds, listed, strict=True))
+    assert keys == sorted(keys)
+    assert all((end > ends[-1]) == (expert == n_experts) for expert, _, end in listed)
 
 
 @pytest.mark.parametrize("crowded", [False, True])

@@ -12,6 +12,7 @@ import triton
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_experts import (
     HOPPER_TILES,
+    SHARED_RESIDENT,
     SLICED_M,
     SLICED_RESIDENT,
     UNPIPELINED_M,
@@ -19,6 +20,7 @@ from w4tensor.dispatch_experts import (
     for_short_loops,
 )
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
+from w4tensor.kernels.grouped_hopper_persistent import grouped_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +30,9 @@ pytestmark = pytest.mark.skipif(
 PIPELINED = [plan for _, plan in HOPPER_TILES]
 FEW = [plan for plan in PIPELINED if plan.block_m <= UNPIPELINED_M]
 TILES = PIPELINED + [for_short_loops(plan, k=128, mean_rows=1) for plan in FEW]
+SHARED = [replace(plan, programs=1) for plan in PIPELINED if plan.block_m in SHARED_RESIDENT]
 REGISTERS = 65536
+SHARED_BYTES = 227 << 10
 
 
 @functools.cache
@@ -43,7 +47,9 @@ def _lower(
     scatter: bool = False,
     act_quant: bool = False,
     y: str | None = None,
+    as_given: bool = False,
 ) -> Lowered:
+    shared = plan.programs > 0
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
         "x_desc": descriptor([plan.block_m, 128], dtype),
@@ -55,11 +61,12 @@ def _lower(
         "scale_ptr": f"*{dtype}",
         "zero_ptr": f"*{zero}",
         "bias_ptr": f"*{dtype}",
-        **dict.fromkeys(("n_rows", "N", "E", "steps", "n_groups"), "i32"),
+        "slots" if shared else "n_rows": "i32",
+        **dict.fromkeys(("N", "E", "steps", "n_groups"), "i32"),
     }
     constants = {
         "BLOCK_N": plan.block_n,
-        "SPLIT_K": plan.split_k,
+        **({} if shared else {"SPLIT_K": plan.split_k}),
         "SCATTER": scatter,
         "GROUP": group,
         "TOGETHER": groups_together(64, group or 128, plan.block_m),
@@ -69,7 +76,7 @@ def _lower(
         "WARPS": plan.num_warps,
         "STAGES": plan.num_stages,
         "PDL": plan.pdl,
-        "WAIT_FOR_TILES": False,
+        "WAIT_FOR_TILES": as_given,
         "PIPELINED": plan.pipelined,
     }
     if plan.narrow_m == 0:
@@ -78,8 +85,11 @@ def _lower(
         constants["zero_ptr"] = None
     if not bias:
         constants["bias_ptr"] = None
-    unaligned = ("x_desc", "narrow_desc", "w_desc", "n_rows", "steps")
-    return lower(_grouped_hopper_kernel, signature, constants, plan.num_warps, unaligned=unaligned)
+    if as_given:
+        constants["order_ptr"] = None
+    unaligned = ("x_desc", "narrow_desc", "w_desc", "n_rows", "slots", "steps")
+    kernel = grouped_hopper_persistent_kernel if shared else _grouped_hopper_kernel
+    return lower(kernel, signature, constants, plan.num_warps, unaligned=unaligned)
 
 
 def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
@@ -96,6 +106,26 @@ def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
 def test_every_tile_as_the_first_product_and_as_the_second(plan):
     _check(_lower(plan), plan, 4.0)
     _check(_lower(plan, gate="none", act="none", scatter=True), plan, 4.0)
+
+
+@pytest.mark.parametrize("plan", SHARED, ids=lambda plan: f"{plan.name}-{plan.narrow_m}")
+@pytest.mark.parametrize(
+    "options,budget",
+    [
+        ({}, 4.0),
+        (dict(gate="none", act="none", scatter=True), 4.0),
+        (dict(gate="none", act="none", as_given=True), 4.0),
+        (dict(act_quant=True), 4.5),
+        (dict(gate="interleaved", act="clamped_swiglu", group=32, zero="fp16", bias=True), 6.0),
+    ],
+    ids=str,
+)
+def test_tiles_that_programs_share(plan, options, budget):
+    code = _lower(plan, **options)
+    _check(code, plan, budget)
+    resident = SHARED_RESIDENT[plan.block_m]
+    assert resident * code.threads * (-(-code.registers // 8) * 8) <= REGISTERS
+    assert resident * (code.shared + 1024) <= SHARED_BYTES
 
 
 @pytest.mark.parametrize("plan", FEW, ids=lambda plan: plan.name)
