@@ -35,21 +35,23 @@ from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, Arch
 from w4tensor.dispatch_experts import (
     SHARED_RESIDENT,
     SLICES,
-    ActQuantGroupedPlan,
-    ExpertsPlan,
     ExpertsProblem,
-    FewPlan,
-    GroupedPlan,
-    HopperGroupedPlan,
-    HopperInt8GroupedPlan,
-    PairsPlan,
-    fit_together,
     plan_experts,
 )
 from w4tensor.dispatch_gemv import WARP_K, GemvPlan, serves_gemv
 from w4tensor.kernels.routing import route, tiles_of
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import (
+    ActQuantGroupedPlan,
+    ExpertsPlan,
+    FewPlan,
+    GroupedPlan,
+    HopperGroupedPlan,
+    HopperInt8GroupedPlan,
+    PairsPlan,
+    fit_together,
+)
 from w4tensor.testing import (
     MOE_REL_ERR_BUDGET,
     MOE_SHAPES,

@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 
 from w4tensor.dispatch import Arch
 from w4tensor.dispatch_experts import (
-    ExpertsPlan,
     ExpertsProblem,
-    FewPlan,
-    HopperGroupedPlan,
-    HopperInt8GroupedPlan,
-    PairsPlan,
-    fit_together,
     plan_experts,
     plan_gathered,
     plan_grouped,
 )
 from w4tensor.dispatch_gemv import GemvPlan, plan_gemv
 from w4tensor.errors import Unsupported
+from w4tensor.plans_experts import (
+    ExpertsPlan,
+    FewPlan,
+    HopperGroupedPlan,
+    HopperInt8GroupedPlan,
+    PairsPlan,
+    fit_together,
+)
 from w4tensor.testing import MOE_SHAPES
 
 H200 = Arch(capability=(9, 0), num_sms=132, triton=(3, 6))

@@ -9,11 +9,11 @@ import torch
 
 from w4tensor import arch, launch, moe
 from w4tensor.dispatch import Arch, DecodePlan
-from w4tensor.dispatch_experts import GroupedPlan, HopperGroupedPlan
 from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.dispatch_hopper import HopperPlan
 from w4tensor.dispatch_int8 import Int8Plan
 from w4tensor.layout import ACT_QUANT, COALESCED
+from w4tensor.plans_experts import GroupedPlan, HopperGroupedPlan
 from w4tensor.testing import random_codes
 
 

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from w4tensor import moe
-from w4tensor.dispatch_experts import ExpertsPlan, HopperGroupedPlan, HopperInt8GroupedPlan
 from w4tensor.layout import ACT_QUANT, COALESCED
+from w4tensor.plans_experts import (
+    ExpertsPlan,
+    HopperGroupedPlan,
+    HopperInt8GroupedPlan,
+)
 from w4tensor.testing import random_codes, random_routing
 
 TILE = HopperGroupedPlan(8, 64, 4, 4)

@@ -20,21 +20,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from w4tensor.dispatch import HOPPER, KWIDTH_2_EVERYWHERE, MIN_CAPABILITY, Arch
-from w4tensor.dispatch_gemv import GemvPlan, plan_gemv, serves_gemv
+from w4tensor.dispatch_gemv import plan_gemv, serves_gemv
 from w4tensor.dispatch_hopper import FILL
 from w4tensor.errors import Unsupported
+from w4tensor.plans_experts import (
+    ActQuantGroupedPlan,
+    ExpertsPlan,
+    FewPlan,
+    GroupedPlan,
+    HopperGroupedPlan,
+    HopperInt8GroupedPlan,
+    PairsPlan,
+    RowsPlan,
+)
 
 __all__ = [
-    "ActQuantGroupedPlan",
-    "ExpertsPlan",
     "ExpertsProblem",
-    "FewPlan",
-    "GroupedPlan",
-    "HopperGroupedPlan",
-    "HopperInt8GroupedPlan",
-    "PairsPlan",
-    "RowsPlan",
-    "fit_together",
     "plan_experts",
     "plan_gathered",
     "plan_grouped",
@@ -85,117 +86,6 @@ class ExpertsProblem:
         return self.pairs <= PAIRS_MAX and self.rows_an_expert <= REREADS
 
 
-@dataclass(frozen=True, slots=True)
-class PairsPlan:
-    """One launch of kernels/pairs.py. A program has slots * slices warps.
-
-    Fields:
-        slots: experts of a token that warps take side by side. slices: warps that share K.
-        tiles: register tiles of 16 rows. blocks: blocks of 128 k of a step, each warp.
-        pdl: programmatic dependent launch, as the first or the second product of a block.
-    """
-
-    slots: int
-    slices: int
-    tiles: int
-    blocks: int
-    kwidth: int
-    pdl: Literal["none", "first", "second"] = "none"
-
-    @property
-    def name(self) -> str:
-        return f"pairs {self.slots}x{self.slices} warps, {16 * self.tiles}x{128 * self.blocks}"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupedPlan:
-    """One launch of kernels/grouped.py: tile, and where the scales are applied.
-
-    Fields:
-        narrow_m: tiles with at most so many rows multiply no more; 0: all are of block_m.
-    """
-
-    block_m: int
-    block_n: int
-    scale_after: bool
-    kwidth: int
-    num_warps: int
-    num_stages: int
-    narrow_m: int = 0
-    pdl: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"grouped {self.block_m}x{self.block_n}"
-
-
-@dataclass(frozen=True, slots=True)
-class HopperGroupedPlan:
-    """One launch of kernels/grouped_hopper.py, on sorted rows; fields as in GroupedPlan.
-
-    Fields:
-        split_k: slices of K, whose sums are left to be added; 1 in a block's first product.
-        pipelined: as in HopperPlan.
-        programs: how many share the tiles (kernels/grouped_hopper_persistent.py), of a block's
-            second product only if of its first; 0: each tile has one.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    narrow_m: int = 0
-    pdl: bool = True
-    split_k: int = 1
-    pipelined: bool = True
-    programs: int = 0
-
-    @property
-    def name(self) -> str:
-        split = f"/{self.split_k}" if self.split_k > 1 else ""
-        shared = f" by {self.programs}" if self.programs else ""
-        how = "" if self.pipelined else " unpipelined"
-        return f"grouped {self.block_m}x{self.block_n}{split}{shared}{how}"
-
-
-@dataclass(frozen=True, slots=True)
-class HopperInt8GroupedPlan:
-    """One launch of kernels/grouped_int8_hopper.py, on sorted rows; fields as in GroupedPlan.
-
-    Fields:
-        block_k: k of a step, 128 or 256.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    narrow_m: int = 0
-    pdl: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"int8 grouped {self.block_m}x{self.block_n}x{self.block_k}"
-
-
-@dataclass(frozen=True, slots=True)
-class ActQuantGroupedPlan:
-    """One launch of kernels/act_quant_grouped.py; fields as in GroupedPlan."""
-
-    block_m: int
-    block_n: int
-    kwidth: int
-    num_warps: int
-    num_stages: int
-    narrow_m: int = 0
-    pdl: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"int8 grouped {self.block_m}x{self.block_n}"
-
-
 # mean rows of an expert that is hit -> the best tile on an H200 of those in
 # benchmarks/results/tune_moe.csv, at 1.3 to 512 rows; wide tiles lose more to experts that end
 # within one than they save
@@ -227,14 +117,15 @@ SLICED_M = 16
 SLICED_RESIDENT = 3
 SLICES = (1, 2, 3, 4)
 
-# programs that share the tiles of so many rows, on a multiprocessor, where K is no longer than this
-# and scales are not too fine. us of a block by tiles that are not shared and by shared ones, in one
-# run on an H200: E=256, 1600 tokens 297, 267, 4096 664, 607; Qwen3, 1024 tokens 259, 242, 4096 750,
-# 683; OLMoE, 1024 280, 265; Mixtral, 512 820, with its first product 792, with both 798; gpt-oss,
-# 1024 522, 538. Of fewer rows: E=256, 256 tokens 139, 138, Qwen3 119, 127
+# programs that share the tiles of so many rows, on a multiprocessor, where K is not longer than
+# SHARED_K. us of a block by tiles that are not shared and by shared ones, in one run on an H200:
+# E=256, 1600 tokens 297, 267, 4096 664, 607; Qwen3, 1024 tokens 259, 242, 4096 750, 683; OLMoE,
+# 1024 280, 265; Mixtral, 512 820, with its first product 792, with both 798. Of fewer rows: E=256,
+# 256 tokens 139, 138, Qwen3 119, 127. Groups of 64 gain nothing (gpt-oss, 1024 522, 538, 4096 1519,
+# 1511). Zero points and W4A8's words have not been run, and are not shared
 SHARED_RESIDENT = {64: 2, 128: 2, 256: 1}
 SHARED_K = 4096
-SHARED_GROUP = {64: 32, 128: 128, 256: 32}
+SHARED_GROUP = 128
 # where one of a block's products has no longer K, tiles of 64 rows serve up to so many. E=256, 4096
 # tokens (128 rows), shared: 607 us, by tiles of 128 rows 632
 SHORT_K = 512
@@ -250,36 +141,6 @@ HOPPER_INT8_TILES = (
     (90.0, HopperInt8GroupedPlan(64, 64, 128, 4, 4, narrow_m=16)),
     (math.inf, HopperInt8GroupedPlan(128, 64, 128, 4, 3, narrow_m=32)),
 )
-
-# of pairs, and of sorted rows
-FewPlan = PairsPlan | GemvPlan
-RowsPlan = GroupedPlan | HopperGroupedPlan | HopperInt8GroupedPlan | ActQuantGroupedPlan
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsPlan:
-    """Both products of a block: pairs and pairs, grouped and pairs, or grouped and grouped.
-
-    Two grouped ones share the list of tiles: fit_together().
-    """
-
-    first: FewPlan | RowsPlan
-    second: FewPlan | RowsPlan
-
-    @property
-    def name(self) -> str:
-        return f"{self.first.name}; {self.second.name}"
-
-
-def fit_together(first: RowsPlan, second: RowsPlan) -> bool:
-    """Whether the list of tiles that the first product has made serves the second.
-
-    Programs share the tiles of a list that has no holes, and wide ones before narrow ones.
-    """
-    if not isinstance(second, HopperGroupedPlan) or not second.programs:
-        return second.block_m == first.block_m
-    shared = isinstance(first, HopperGroupedPlan) and first.programs > 0
-    return shared and (second.block_m, second.narrow_m) == (first.block_m, first.narrow_m)
 
 
 def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
@@ -304,10 +165,10 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
     sizes = p.group_size, p.hidden, p.inter
     tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
     first = for_short_loops(tile, p.hidden, p.rows_an_expert)
-    first = shared(first, p.hidden, p.group_size, arch)
+    first = shared(first, p.hidden, p, arch)
     second = _of_second_product(tile, p, arch)
     if isinstance(first, HopperGroupedPlan) and first.programs:
-        second = shared(second, p.inter, p.group_size, arch)
+        second = shared(second, p.inter, p, arch)
     return ExpertsPlan(first=first, second=second)
 
 
@@ -319,11 +180,13 @@ def for_short_loops(tile: RowsPlan, k: int, mean_rows: float) -> RowsPlan:
     return replace(tile, num_stages=UNPIPELINED_STAGES, pipelined=False)
 
 
-def shared(tile: RowsPlan, k: int, group_size: int, arch: Arch) -> RowsPlan:
-    """The tile, shared by as many programs as the card holds where that is faster."""
+def shared(tile: RowsPlan, k: int, p: ExpertsProblem, arch: Arch) -> RowsPlan:
+    """The tile of a product over k, shared by as many programs as the card holds where that is
+    faster."""
     if not isinstance(tile, HopperGroupedPlan) or tile.split_k > 1 or k > SHARED_K:
         return tile
-    if group_size < SHARED_GROUP.get(tile.block_m, math.inf):
+    plain = p.symmetric and p.act_group_size is None and p.group_size >= SHARED_GROUP
+    if not plain or tile.block_m not in SHARED_RESIDENT:
         return tile
     return replace(tile, programs=SHARED_RESIDENT[tile.block_m] * arch.num_sms)
 
@@ -404,7 +267,7 @@ def plan_grouped(
     hit = experts * (1 - (1 - 1 / experts) ** rows)
     mean_rows = rows / max(hit, 1.0)
     tile = _plan_grouped(mean_rows, group_size, k, k, arch, act_group_size)
-    return shared(for_short_loops(tile, k, mean_rows), k, group_size, arch)
+    return for_short_loops(tile, k, mean_rows)
 
 
 def plan_gathered(
@@ -418,12 +281,12 @@ def plan_gathered(
     symmetric: bool = True,
 ) -> FewPlan | RowsPlan:
     """One product of `rows` rows, each with an expert [n, k] of its own choice."""
-    problem = ExpertsProblem(rows, 1, experts, hidden=k, inter=1, group_size=group_size)
+    kind = group_size, act_group_size, symmetric
+    problem = ExpertsProblem(rows, 1, experts, k, 1, *kind)
     if problem.few_pairs:
-        return _plan_few(rows, 1, n, k, group_size, act_group_size, symmetric, arch, "none")
+        return _plan_few(rows, 1, n, k, *kind, arch, "none")
     tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
-    tile = for_short_loops(tile, k, problem.rows_an_expert)
-    return shared(tile, k, group_size, arch)
+    return shared(for_short_loops(tile, k, problem.rows_an_expert), k, problem, arch)
 
 
 def _plan_grouped(

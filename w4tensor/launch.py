@@ -19,7 +19,6 @@ from w4tensor.dispatch_act_quant import (
     ActQuantRoundedPlan,
 )
 from w4tensor.dispatch_experts import (
-    ExpertsPlan,
     ExpertsProblem,
     plan_experts,
     plan_gathered,
@@ -42,6 +41,7 @@ from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation as quantize_codes
 from w4tensor.kernels.quantize_activation import round_activation
 from w4tensor.layout import ACT_QUANT, COALESCED
+from w4tensor.plans_experts import ExpertsPlan
 
 __all__ = [
     "act_quant_linear",

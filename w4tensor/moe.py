@@ -20,15 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from w4tensor.dispatch_experts import (
-    ExpertsPlan,
-    FewPlan,
-    GroupedPlan,
-    HopperGroupedPlan,
-    HopperInt8GroupedPlan,
-    RowsPlan,
-    fit_together,
-)
 from w4tensor.dispatch_gemv import GemvPlan
 from w4tensor.kernels.act_quant_grouped import multiply_act_quant_grouped
 from w4tensor.kernels.combine import combine
@@ -40,6 +31,15 @@ from w4tensor.kernels.grouped_int8_hopper import multiply_grouped_int8_hopper
 from w4tensor.kernels.pairs import multiply_pairs, takes_word_order
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
 from w4tensor.kernels.routing import route, tiles_of
+from w4tensor.plans_experts import (
+    ExpertsPlan,
+    FewPlan,
+    GroupedPlan,
+    HopperGroupedPlan,
+    HopperInt8GroupedPlan,
+    RowsPlan,
+    fit_together,
+)
 
 __all__ = [
     "Routing",

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import tune_moe
 from w4tensor.dispatch import Arch
-from w4tensor.dispatch_experts import FewPlan, plan_experts
+from w4tensor.dispatch_experts import plan_experts
+from w4tensor.plans_experts import FewPlan
 from w4tensor.testing import MOE_SHAPES
 
 # the card that was searched

@@ -10,9 +10,7 @@ import torch
 
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor, arch, moe, reference
 from w4tensor.dispatch_experts import (
-    ExpertsPlan,
     ExpertsProblem,
-    FewPlan,
     plan_experts,
     plan_gathered,
     plan_grouped,
@@ -21,6 +19,7 @@ from w4tensor.dispatch_experts import (
 from w4tensor.dispatch_gemv import plan_gemv
 from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import ExpertsPlan, FewPlan
 from w4tensor.testing import (
     ACT_QUANT_SQNR_DB,
     MOE_REL_ERR_BUDGET,

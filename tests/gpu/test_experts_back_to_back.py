@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from w4tensor import arch, moe
-from w4tensor.dispatch_experts import ExpertsPlan, ExpertsProblem, FewPlan, plan_experts
+from w4tensor.dispatch_experts import ExpertsProblem, plan_experts
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import ExpertsPlan, FewPlan
 from w4tensor.testing import random_codes, random_routing
 
 pytestmark = pytest.mark.gpu

@@ -14,9 +14,14 @@ import torch
 from tests.gpu.test_experts import Block
 from tests.gpu.test_linear import _poison, needs_hopper, rel_err  # noqa: F401
 from w4tensor import moe
-from w4tensor.dispatch_experts import HOPPER_TILES, UNPIPELINED_M, ExpertsPlan, for_short_loops
+from w4tensor.dispatch_experts import (
+    HOPPER_TILES,
+    UNPIPELINED_M,
+    for_short_loops,
+)
 from w4tensor.layout import COALESCED
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import ExpertsPlan
 from w4tensor.testing import MOE_REL_ERR_BUDGET, random_codes
 
 pytestmark = [pytest.mark.gpu, needs_hopper]

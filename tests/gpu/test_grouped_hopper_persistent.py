@@ -15,10 +15,11 @@ from tests.gpu.test_experts import Block
 from tests.gpu.test_grouped_hopper import CASES, TILES, expected
 from tests.gpu.test_linear import _poison, needs_hopper, rel_err  # noqa: F401
 from w4tensor import moe
-from w4tensor.dispatch_experts import SHARED_RESIDENT, ExpertsPlan
+from w4tensor.dispatch_experts import SHARED_RESIDENT
 from w4tensor.kernels import grouped_hopper
 from w4tensor.layout import COALESCED
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import ExpertsPlan
 from w4tensor.testing import MOE_REL_ERR_BUDGET, random_codes
 
 pytestmark = [pytest.mark.gpu, needs_hopper]

@@ -15,9 +15,10 @@ from tests.gpu.test_act_quant import definition
 from tests.gpu.test_experts import BLOCK_SQNR_DB, Block
 from tests.gpu.test_linear import _poison, codes, needs_hopper, rel_err  # noqa: F401
 from w4tensor import Int4ActQuantTensor, moe
-from w4tensor.dispatch_experts import HOPPER_INT8_TILES, ExpertsPlan
+from w4tensor.dispatch_experts import HOPPER_INT8_TILES
 from w4tensor.layout import ACT_QUANT
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import ExpertsPlan
 from w4tensor.testing import random_codes, sqnr_db
 
 pytestmark = [pytest.mark.gpu, needs_hopper]

@@ -26,7 +26,7 @@ from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT, use_asm
 from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, permute_codes, unpack_bytes
 
 if TYPE_CHECKING:
-    from w4tensor.dispatch_experts import ActQuantGroupedPlan
+    from w4tensor.plans_experts import ActQuantGroupedPlan
 
 
 @triton.jit

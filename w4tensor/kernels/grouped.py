@@ -42,7 +42,7 @@ from w4tensor.kernels.unpack import (
 )
 
 if TYPE_CHECKING:
-    from w4tensor.dispatch_experts import GroupedPlan
+    from w4tensor.plans_experts import GroupedPlan
 
 BLOCK_K = tl.constexpr(128)
 # keeps products of small scales and codes among the normal numbers of fp16

@@ -29,7 +29,7 @@ from w4tensor.layout import ACT_QUANT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from w4tensor.dispatch_experts import HopperGroupedPlan
+    from w4tensor.plans_experts import HopperGroupedPlan
 
 
 @gluon.jit
@@ -247,9 +247,10 @@ def multiply_grouped_hopper(
     assert plan.split_k == 1 or gate == act == "none", "slices are sums, which others add"
     columns = -(-n_out // out)
     programs = min(plan.programs, columns * len(tiles))
-    # the memory that x had is that of y; the next tile's first steps come while the ring empties
-    shared = programs > 0 and plan.split_k == 1
-    shared = shared and y.dtype == x.dtype and steps >= plan.num_stages
+    # the memory that x had is that of y; the next tile's first steps come while the ring empties;
+    # and scales are counted in 32 bits
+    fits = y.dtype == x.dtype and steps >= plan.num_stages and scale.numel() < 1 << 31
+    shared = programs > 0 and plan.split_k == 1 and fits
     launch = _launch_persistent if shared else _launch_grouped_hopper
     launch(
         (programs,) if shared else (columns, len(tiles), plan.split_k),

@@ -25,7 +25,7 @@ from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
 from w4tensor.kernels.unpack_act_quant import UNIT
 
 if TYPE_CHECKING:
-    from w4tensor.dispatch_experts import HopperInt8GroupedPlan
+    from w4tensor.plans_experts import HopperInt8GroupedPlan
 
 
 @gluon.jit

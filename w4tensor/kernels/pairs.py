@@ -42,7 +42,7 @@ from w4tensor.kernels.unpack import CODE_UNIT, SYMMETRIC_ZERO_POINT, join8, unpa
 from w4tensor.layout import ACT_QUANT
 
 if TYPE_CHECKING:
-    from w4tensor.dispatch_experts import PairsPlan
+    from w4tensor.plans_experts import PairsPlan
 
 # the columns of the smallest matrix instruction
 COLUMNS = tl.constexpr(8)

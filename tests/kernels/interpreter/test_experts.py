@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from w4tensor import moe, reference
-from w4tensor.dispatch_experts import ActQuantGroupedPlan, ExpertsPlan, GroupedPlan, PairsPlan
 from w4tensor.layout import ACT_QUANT, COALESCED, padded_k
 from w4tensor.moe import Stack
+from w4tensor.plans_experts import (
+    ActQuantGroupedPlan,
+    ExpertsPlan,
+    GroupedPlan,
+    PairsPlan,
+)
 from w4tensor.testing import MOE_REL_ERR_BUDGET, Int4Codes, random_codes, rel_err
 
 PAIRS = PairsPlan(slots=1, slices=2, tiles=1, blocks=1, kwidth=4)

@@ -10,17 +10,16 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, lower
 from w4tensor.dispatch import KWIDTH_2_EVERYWHERE, Arch
-from w4tensor.dispatch_experts import (
-    ActQuantGroupedPlan,
-    ExpertsProblem,
-    GroupedPlan,
-    PairsPlan,
-    plan_experts,
-)
+from w4tensor.dispatch_experts import ExpertsProblem, plan_experts
 from w4tensor.kernels import act_quant_grouped
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.grouped import _grouped_kernel
 from w4tensor.kernels.pairs import _pairs_kernel
+from w4tensor.plans_experts import (
+    ActQuantGroupedPlan,
+    GroupedPlan,
+    PairsPlan,
+)
 from w4tensor.testing import MOE_SHAPES
 
 pytestmark = pytest.mark.skipif(

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import triton
 
+from tests.kernels.lowering.descriptors import stale_descriptors
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
 from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, boxes_of_tokens
@@ -142,6 +143,7 @@ def _check(
     assert code.count("HGMMA") == 8 * rows_of_a_warp // 16 * (1 + second_run), str(code)
     serialised = re.search(r"C75\d\d.*", messages(code))
     assert serialised is None, serialised
+    assert stale_descriptors(code.text) == []
     # registers are dealt out by eights, and a kilobyte of shared memory is the driver's
     registers = -(-code.registers // 8) * 8
     # zero points take registers, where a multiprocessor is to hold many programs: one fewer

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import triton
 
+from tests.kernels.lowering.descriptors import stale_descriptors
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_experts import (
     HOPPER_TILES,
@@ -16,12 +17,12 @@ from w4tensor.dispatch_experts import (
     SLICED_M,
     SLICED_RESIDENT,
     UNPIPELINED_M,
-    HopperGroupedPlan,
     for_short_loops,
 )
 from w4tensor.kernels.grouped_hopper import _grouped_hopper_kernel
 from w4tensor.kernels.grouped_hopper_persistent import grouped_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
+from w4tensor.plans_experts import HopperGroupedPlan
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
@@ -99,6 +100,7 @@ def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
     assert code.count("HGMMA") == 8 * plan.block_n // (16 * plan.num_warps), str(code)
     serialised = re.search(r"C75\d\d.*", messages(code))
     assert serialised is None, serialised
+    assert stale_descriptors(code.text) == []
     assert code.per_weight(plan.block_n * 128) <= budget, str(code)
 
 

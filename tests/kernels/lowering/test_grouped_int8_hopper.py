@@ -9,9 +9,10 @@ import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from tests.kernels.lowering.test_int8_hopper import OPTIONAL
-from w4tensor.dispatch_experts import HOPPER_INT8_TILES, HopperInt8GroupedPlan
+from w4tensor.dispatch_experts import HOPPER_INT8_TILES
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.grouped_int8_hopper import _grouped_int8_hopper_kernel
+from w4tensor.plans_experts import HopperInt8GroupedPlan
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing is compiled under TRITON_INTERPRET"
