@@ -202,6 +202,13 @@ def test_a_tangent_is_refused_rather_than_lost(which):
     with forward_ad.dual_level():
         assert call(load[which]).shape == (3, 64)
 
+    def tangent(x):
+        return torch.func.jvp(call, (x,), (torch.ones_like(x),))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(Unsupported, match="forward mode"):
+        torch.compile(tangent, backend="aot_eager")(load[which])
+
 
 def test_a_graph_refuses_what_eager_refuses():
     compiled = torch.compile(lambda *args: experts(*args) * 2, fullgraph=True, backend="aot_eager")

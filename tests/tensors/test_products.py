@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import numpy as np
 import pytest
@@ -564,28 +565,56 @@ DIFFERENTIATED = {
 }
 
 
-@pytest.mark.parametrize("how", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
-@pytest.mark.parametrize(
-    "product_of",
-    [
-        lambda x, w, stack, bias: F.linear(x, w, bias),
-        lambda x, w, stack, bias: F.linear(x[0, 0], w),
-        lambda x, w, stack, bias: x @ w.t(),
-        lambda x, w, stack, bias: stack @ x.mT,
-        lambda x, w, stack, bias: torch.addmm(bias, x[0], w.t()),
-        lambda x, w, stack, bias: torch.bmm(x, stack[torch.tensor([1, 0])].mT),
-    ],
-    ids=["linear", "one token", "matmul", "weight first", "addmm", "gathered"],
-)
-def test_no_tangent_is_lost(product_of, how):
+# {name: (x [2, 2, K], w [N, K], stack [2, N, K], bias [N]) -> a product}
+PRODUCTS = {
+    "linear": lambda x, w, stack, bias: F.linear(x, w, bias),
+    "one token": lambda x, w, stack, bias: F.linear(x[0, 0], w),
+    "matmul": lambda x, w, stack, bias: x @ w.t(),
+    "weight first": lambda x, w, stack, bias: stack @ x.mT,
+    "addmm": lambda x, w, stack, bias: torch.addmm(bias, x[0], w.t()),
+    "gathered": lambda x, w, stack, bias: torch.bmm(x, stack[torch.tensor([1, 0])].mT),
+}
+
+
+def check_tangents(product_of, how, around=lambda call: call):
     one, two = Case(CudaCoalescedInt4Tensor), Case(CudaCoalescedInt4Tensor, stack=(2,))
     weights = as_linear_weight(one.weight()), two.weight()
     x, v, bias = exact_x(2, 2, 256), exact_x(2, 2, 256), torch.ones(24)
-    got = how(lambda x: product_of(x, *weights, bias), x, v)
+    got = around(lambda x, v: how(lambda x: product_of(x, *weights, bias), x, v))(x, v)
     dense = one.dense().float(), two.dense().float()
     expected = how(lambda x: product_of(x, *dense, bias), x, v)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+@pytest.mark.parametrize("product_of", PRODUCTS.values(), ids=PRODUCTS)
+def test_no_tangent_is_lost(product_of, how):
+    check_tangents(product_of, how)
+
+
+@pytest.mark.parametrize("how", DIFFERENTIATED)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_no_tangent_is_lost_in_a_compiled_function(product, how):
+    if how == "dual" and product in ("weight first", "gathered"):
+        pytest.skip("of a stack, forward_ad's tangents are None there")
+    torch._dynamo.reset()
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    check_tangents(PRODUCTS[product], DIFFERENTIATED[how], compiled)
+
+
+@pytest.mark.parametrize("order", ["plain first", "tangents first"])
+def test_a_compiled_function_is_right_with_tangents_and_without(order):
+    torch._dynamo.reset()
+    case = Case(CudaCoalescedInt4Tensor)
+    w, dense = as_linear_weight(case.weight()), case.dense().float()
+    call = torch.compile(lambda x: F.linear(x, w), backend="aot_eager")
+    x, v = exact_x(2, 256), exact_x(2, 256)
+    for turn in range(4):
+        if (turn + (order == "plain first")) % 2:
+            assert torch.equal(call(x), x @ dense.t())
+        else:
+            assert torch.equal(torch.func.jvp(call, (x,), (v,))[1], v @ dense.t())
 
 
 @all_dtypes

@@ -41,17 +41,18 @@ def _implements(functions: list[Any], operators: list[Any]):
     return keep
 
 
+# asked when a graph is made; what changes the answer has Dynamo make another one
+@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
     """Whether forward mode or a gradient of torch.func follows what is called, of which our
     operators know nothing: their tangents would be zero."""
-    if torch.compiler.is_compiling():
-        return False
     if forward_ad._current_level >= 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    grad = torch._C._functorch.TransformType.Grad
-    return any(each.key() == grad for each in torch._C._functorch.get_interpreter_stack())
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(each.key() in (kinds.Grad, kinds.Jvp) for each in stack)
 
 
 def _as_function(handler: Callable) -> Callable:
