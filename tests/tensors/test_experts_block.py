@@ -208,6 +208,10 @@ def test_a_tangent_is_refused_rather_than_lost(which):
     torch._dynamo.reset()
     with pytest.raises(Unsupported, match="forward mode"):
         torch.compile(tangent, backend="aot_eager")(load[which])
+    compiled = torch.compile(call, backend="aot_eager")
+    assert compiled(load[which]).shape == (3, 64)
+    with forward_ad.dual_level(), pytest.raises(Unsupported, match="forward mode"):
+        compiled(forward_ad.make_dual(load[which], torch.ones_like(load[which])))
 
 
 def test_a_graph_refuses_what_eager_refuses():

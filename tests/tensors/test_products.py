@@ -603,8 +603,9 @@ def test_no_tangent_is_lost_in_a_compiled_function(product, how):
     check_tangents(PRODUCTS[product], DIFFERENTIATED[how], compiled)
 
 
+@pytest.mark.parametrize("how", ["jvp", "dual"])
 @pytest.mark.parametrize("order", ["plain first", "tangents first"])
-def test_a_compiled_function_is_right_with_tangents_and_without(order):
+def test_a_compiled_function_is_right_with_tangents_and_without(order, how):
     torch._dynamo.reset()
     case = Case(CudaCoalescedInt4Tensor)
     w, dense = as_linear_weight(case.weight()), case.dense().float()
@@ -614,7 +615,7 @@ def test_a_compiled_function_is_right_with_tangents_and_without(order):
         if (turn + (order == "plain first")) % 2:
             assert torch.equal(call(x), x @ dense.t())
         else:
-            assert torch.equal(torch.func.jvp(call, (x,), (v,))[1], v @ dense.t())
+            assert torch.equal(DIFFERENTIATED[how](call, x, v)[1], v @ dense.t())
 
 
 @all_dtypes

@@ -66,9 +66,13 @@ def experts(
             "the fused experts block has no gradient, and x or weight requires one; use the "
             "model's own experts implementation to train, or torch.no_grad()"
         )
-    if is_differentiated() and any(
-        t is not None and unpack_dual(t).tangent is not None
-        for t in (x, weight, gate_up_bias, down_bias)
+    # tangents of what a graph is made with do not show
+    if is_differentiated() and (
+        torch.compiler.is_compiling()
+        or any(
+            t is not None and unpack_dual(t).tangent is not None
+            for t in (x, weight, gate_up_bias, down_bias)
+        )
     ):
         raise Unsupported(
             "the fused experts block has no gradient in forward mode; use the model's own experts "

@@ -41,11 +41,16 @@ def _implements(functions: list[Any], operators: list[Any]):
     return keep
 
 
-# asked when a graph is made; what changes the answer has Dynamo make another one
-@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
     """Whether forward mode or a gradient of torch.func follows what is called, of which our
     operators know nothing: their tangents would be zero."""
+    # a graph that was made without a dual level is not for calls within one
+    return _is_differentiated_now() or forward_ad._current_level >= 0
+
+
+# asked when a graph is made, in which the level may change
+@torch.compiler.assume_constant_result
+def _is_differentiated_now() -> bool:
     if forward_ad._current_level >= 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
