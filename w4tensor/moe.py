@@ -164,7 +164,8 @@ def grouped_linear(x: Tensor, offs: Tensor, stack: Stack, plan: RowsPlan) -> Ten
     Rows from offs[-1] on are zero.
     """
     y = torch.empty(x.shape[0], stack.scale.shape[1], dtype=x.dtype, device=x.device)
-    rows = Rows(None, offs, tiles_of(offs, x.shape[0], plan.block_m, plan.narrow_m))
+    narrow_m = plan.narrow_m if _is_shared(plan) else 0
+    rows = Rows(None, offs, tiles_of(offs, x.shape[0], plan.block_m, narrow_m))
     return _grouped(x, rows, stack, y, plan)
 
 
@@ -236,7 +237,8 @@ def _grouped(
             assert order is not None, "rows as given are where they should be"
             listed = (tiles, plan.block_m, plan.narrow_m) if _is_shared(plan) else ()
             x = gather_rows(x, order, offs, x_div, plan.pdl, *listed)
-        # or routed rows were gathered, or are another product's, after their tiles were made
+        # tiles of routed rows are older than the launch ahead, a gathering or another product, but
+        # for those that were listed by that gathering
         fused["wait_for_tiles"] = order is None or (x_div > 0 and _is_shared(plan))
         return multiply_grouped_hopper(
             x, order, tiles, *weights, y, stack.group_size, plan, **fused

@@ -83,6 +83,7 @@ def test_oracle_and_siblings(tile, case):
         for programs in (1, 2, 3, 4) if m < tile.block_m else (1, 2, 4, 8):
             y = run(shared(tile, programs, even=False), x, w, bias)
             assert torch.equal(y, one), programs
+            assert rel_err(y, ref) <= budget, programs
             plan = shared(tile, programs, even=True)
             y = run(plan, x, w, bias)
             assert rel_err(y, ref) <= budget, programs
