@@ -152,8 +152,7 @@ def _decode_plans(p: Point, target: Arch) -> list[ActQuantPlan]:
 
 def _tile_plans(p: Point, target: Arch) -> Iterator[ActQuantPlan]:
     for tile, split_k, whole in dispatch_int8.candidates(p.problem, target.num_sms):
-        shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-        yield Int8Plan(*shape, split_k, whole, pdl=False)
+        yield tile.plan(split_k, whole, pdl=False)
 
 
 def _gemm_plans(p: Point, target: Arch) -> list[ActQuantPlan]:

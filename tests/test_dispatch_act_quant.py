@@ -256,8 +256,17 @@ def test_every_int8_tile_is_the_best_somewhere():
             for act in (128, -1):
                 p = Problem(m=m, act="int8", act_group_size=act, **sizes)
                 plan = plan_int8(p, H200)
-                seen.add((plan.block_m, plan.block_n))
-    assert seen == {(tile.block_m, tile.block_n) for tile in TILES}
+                seen.add((plan.block_m, plan.block_n, plan.runs))
+    assert seen == {(tile.block_m, tile.block_n, tile.runs) for tile in TILES}
+
+
+def test_tokens_in_runs_have_one_scale_and_weights_no_zero_points():
+    p = Problem(m=1024, n=4096, k=14336, group_size=128, act="int8", act_group_size=-1)
+    plan = plan_int8(p, H200)
+    assert plan.runs == 2 and plan.max_registers == 128
+    for other in (dict(symmetric=False), dict(act_group_size=128)):
+        plan = plan_int8(replace(p, **other), H200)
+        assert plan.runs == 1 and plan.max_registers == 0
 
 
 def test_a_prediction_grows_with_tokens_rows_and_scales():

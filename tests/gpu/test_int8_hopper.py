@@ -14,7 +14,7 @@ import torch
 from tests.gpu.test_act_quant import definition
 from tests.gpu.test_linear import _poison, codes, needs_hopper, rel_err  # noqa: F401
 from w4tensor import Int4ActQuantTensor
-from w4tensor.dispatch_int8 import TILES, Int8Plan, Int8Tile
+from w4tensor.dispatch_int8 import TILES
 from w4tensor.kernels.int8_hopper import int8_hopper
 from w4tensor.kernels.quantize_activation import quantize_activation
 
@@ -82,11 +82,6 @@ def weight_of(case: Case, exact: bool = False) -> Int4ActQuantTensor:
     return Int4ActQuantTensor.from_codes(q, scale, zero_point, **sizes)
 
 
-def plan_of(tile: Int8Tile, split_k: int = 1, whole: int = 0, pdl: bool = False) -> Int8Plan:
-    shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-    return Int8Plan(*shape, split_k, whole, pdl=pdl)
-
-
 def run(plan, x, w, bias=None, dtype=None):
     """y [M, N] by `plan`, which starts as NaN."""
     y = torch.empty(1, len(x), len(w), device="cuda", dtype=dtype or x.dtype)
@@ -115,7 +110,7 @@ def test_definition(tile, case):
         few = integers(m, case.k, case.act_group)
         ref, exact = definition(x, w, bias), definition(few, whole, bias)
         for split in SPLITS:
-            plan = plan_of(tile, split)
+            plan = tile.plan(split, pdl=False)
             at = m, split
             y = run(plan, x, w, bias, FULL)
             assert rel_err(y, ref) <= REL_ERR, at
@@ -129,11 +124,14 @@ def test_definition(tile, case):
 def test_slices_of_the_last_tiles_only(tile):
     w = weight_of(Case(5 * tile.block_n - 8, 1024, 128, 128))
     x = torch.randn(tile.block_m, 1024, device="cuda", dtype=torch.bfloat16)
-    one, cut = run(plan_of(tile), x, w, None, FULL), run(plan_of(tile, 3), x, w, None, FULL)
+    one, cut = (
+        run(tile.plan(pdl=False), x, w, None, FULL),
+        run(tile.plan(3, pdl=False), x, w, None, FULL),
+    )
     assert not torch.equal(one, cut)
     for whole in range(6):
         rows = whole * tile.block_n
-        y = run(plan_of(tile, 3, whole=whole), x, w, None, FULL)
+        y = run(tile.plan(3, whole, pdl=False), x, w, None, FULL)
         assert torch.equal(y[:, :rows], one[:, :rows]), whole
         assert torch.equal(y[:, rows:], cut[:, rows:]), whole
 
@@ -154,10 +152,10 @@ def test_the_same_bits_under_programmatic_dependent_launch(tile, monkeypatch):
         return y
 
     for split in SPLITS:
-        expected = chain(plan_of(tile, split))
+        expected = chain(tile.plan(split, pdl=False))
         assert expected.isfinite().all()
         for overlap in (True, False) * 3:
-            plan = replace(plan_of(tile, split, pdl=True), overlap=overlap)
+            plan = replace(tile.plan(split, pdl=True), overlap=overlap)
             assert torch.equal(chain(plan), expected), (split, overlap)
 
 
@@ -167,7 +165,7 @@ def test_nan_and_zero_tokens_stay_by_themselves():
         m = 2 * tile.block_m + 3
         x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
         x[1, 100], x[m - 1] = torch.nan, 0
-        y = run(plan_of(tile, 2), x, w)
+        y = run(tile.plan(2, pdl=False), x, w)
         assert y[1].isnan().all() and not y[m - 1].any(), tile
         assert y[0].isfinite().all() and y[2:].isfinite().all(), tile
 
@@ -175,7 +173,7 @@ def test_nan_and_zero_tokens_stay_by_themselves():
 def test_replay_of_a_graph():
     w = weight_of(Case(1024, 2048, 128, -1))
     for tile in TILES:
-        plan = plan_of(tile, 3, pdl=True)
+        plan = tile.plan(3, pdl=True)
         x = torch.randn(tile.block_m + 1, 2048, device="cuda", dtype=torch.bfloat16)
         run(plan, x, w)
         torch.cuda.synchronize()

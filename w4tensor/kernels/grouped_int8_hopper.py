@@ -115,8 +115,9 @@ def _tile(
             WARPS,
             STAGES,
             EARLY,
+            1,
         )
-        y = acc * (1.0 / UNIT)
+        y = acc[0] * (1.0 / UNIT)
         # those of the loop would stay in registers
         column = _columns(order_ptr, first, end, X_DIV, ACC)
         if zero_ptr is not None and GROUP == 0:

@@ -9,6 +9,10 @@ Eight weights are unpacked in three instructions (unpack_act_quant.py), from sha
 registers to the matrix unit. A program waits for its multiplications; those of others on the
 multiprocessor go on meanwhile.
 
+With RUNS, a step's weights are multiplied with one run of its tokens after another. A thread then
+has the int32 sums of one run at a time, and four programs of 128 tokens and 64 rows share a
+multiprocessor instead of three.
+
 Scales and sums of x come with x where a tile's first row is aligned for it, else by plain loads.
 With a GATE, rows of W are taken in turn (hopper_memory.py).
 
@@ -28,64 +32,49 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from w4tensor.kernels.hopper_memory import barrier, fetch_words, in_turn, load, rows_in_memory
+from w4tensor.kernels.hopper_int8_operand import (
+    groups_of_step,
+    int8_operands,
+    loaded_tokens,
+    tokens_of_step,
+)
+from w4tensor.kernels.hopper_memory import barrier, fetch_words, load
 from w4tensor.kernels.unpack import SYMMETRIC_ZERO_POINT
-from w4tensor.kernels.unpack_act_quant import UNIT, join_halves, unpack_bytes
+from w4tensor.kernels.unpack_act_quant import UNIT
 
 
 @gluon.constexpr_function
 def layout_of_int8_sums(warps, columns):
-    """Of what accumulate_int8() returns."""
+    """Of the sums of a run of so many tokens."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 32])
 
 
-@gluon.constexpr_function
-def _layout_of_bytes(rows, step, warps, gate):
-    """Bytes [BN, STEP / 2] as they stand in shared memory: lane l has bytes 4 (l % 4) .. of each 16
-    of two rows, or four."""
-    below, lane, warp = rows_in_memory(rows, gate)
-    more = [[warp * warps, 0]] if rows > 16 * warps else []
-    slices = {128: 2, 256: 3}[step]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2]] + [[0, 16 << i] for i in range(slices)] + [[below, 0]] + more,
-        lane_bases=[[0, 4], [0, 8], [lane, 0], [2 * lane, 0], [4 * lane, 0]],
-        warp_bases=[[warp * w, 0] for w in (1, 2, 4) if w < warps],
-        block_bases=[],
-        shape=[rows, step // 2],
-    )
-
-
 @gluon.jit
-def _operands(
-    memory, CELLS: gl.constexpr, OPERAND: gl.constexpr, WARPS: gl.constexpr, GATE: gl.constexpr
-):
-    """Bytes [BN, STEP / 2] in memory -> weights int8 [BN, STEP / CELLS] of each cell."""
-    BN: gl.constexpr = memory.shape[0]
-    STEP: gl.constexpr = memory.shape[1] * 2
-    words = in_turn(memory.load(_layout_of_bytes(BN, STEP, WARPS, GATE)), GATE)
-    ROWS: gl.constexpr = _layout_of_bytes(BN, STEP, WARPS, "none")
-    low, high = unpack_bytes(gl.convert_layout(words, ROWS, assert_trivial=True), True)
-    return _cells(join_halves(low, high, 4), CELLS, OPERAND)
-
-
-@gluon.jit
-def _cells(z, CELLS: gl.constexpr, OPERAND: gl.constexpr):
-    if CELLS == 1:
-        return (gl.convert_layout(z, OPERAND, assert_trivial=True),)
+def _run_of(memory, RUN: gl.constexpr, RUNS: gl.constexpr, TOKENS: gl.constexpr):
+    """Of memory with tokens along dimension TOKENS, those of a run."""
+    if RUNS == 1:
+        return memory
     else:
-        BN: gl.constexpr = z.shape[0]
-        HALF: gl.constexpr = z.shape[1] // 2
-        first, second = z.reshape(BN, 2, HALF).permute(0, 2, 1).split()
-        return _cells(first, CELLS // 2, OPERAND) + _cells(second, CELLS // 2, OPERAND)
+        COUNT: gl.constexpr = memory.shape[TOKENS] // RUNS
+        return memory.slice(RUN * COUNT, COUNT, TOKENS)
 
 
 @gluon.jit
-def _multiply(z, xs, stage, none, CELLS: gl.constexpr, STEP: gl.constexpr):
-    """Start weights of each cell times its codes."""
+def _multiply(
+    z,
+    xs,
+    stage,
+    none,
+    CELLS: gl.constexpr,
+    STEP: gl.constexpr,
+    RUN: gl.constexpr,
+    RUNS: gl.constexpr,
+):
+    """Start weights of each cell times its codes, of a run of tokens, in registers of `none`."""
     CELL: gl.constexpr = STEP // CELLS
     sums = ()
     for c in gl.static_range(CELLS):
-        block = xs.index(stage * (STEP // 128) + c * CELL // 128)
+        block = _run_of(xs.index(stage * (STEP // 128) + c * CELL // 128), RUN, RUNS, 0)
         x = block.slice(c * CELL % 128, CELL, 1).permute((1, 0))
         sums += (warpgroup_mma(z[c], x, none, use_acc=False, is_async=True),)
     return sums
@@ -104,102 +93,6 @@ def _wait(sums, CELLS: gl.constexpr):
         return warpgroup_mma_wait(
             0, deps=[sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]]
         )
-
-
-@gluon.constexpr_function
-def _layout_of_groups(rows, groups, warps):
-    """[BN, groups]: each thread has what its rows of a sum have."""
-    more = [[16 * warps, 0]] if rows > 16 * warps else []
-    none = [0, 0]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1 << i] for i in range(groups.bit_length() - 1)] + [[8, 0]] + more,
-        lane_bases=[none, none, [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16 * w, 0] for w in (1, 2, 4) if w < warps],
-        block_bases=[],
-        shape=[rows, groups],
-    )
-
-
-@gluon.jit
-def _groups(
-    ptr,
-    row,
-    step,
-    n_groups,
-    GROUP: gl.constexpr,
-    STEP: gl.constexpr,
-    # whether K is a multiple of a step
-    WHOLE_STEPS: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """fp32 [BN] of each weight group of a step."""
-    COUNT: gl.constexpr = STEP // GROUP if GROUP > 0 and GROUP < STEP else 1
-    if GROUP == 0:
-        return (gl.load(ptr + row).to(gl.float32),)
-    elif COUNT == 1:
-        return (gl.load(ptr + row * n_groups + step // (GROUP // STEP)).to(gl.float32),)
-    else:
-        WHOLE: gl.constexpr = _layout_of_groups(row.shape[0], COUNT, WARPS)
-        first = gl.convert_layout(
-            row * n_groups, gl.SliceLayout(1, WHOLE), assert_trivial=True
-        ).expand_dims(1)
-        group = (step * COUNT + gl.arange(0, COUNT, gl.SliceLayout(0, WHOLE))).expand_dims(0)
-        if WHOLE_STEPS:
-            # one load of neighbours
-            first = gl.multiple_of(first, [COUNT, COUNT])
-        else:
-            group = gl.minimum(group, n_groups - 1)
-        values = gl.load(ptr + (first + group)).to(gl.float32)
-        ROW: gl.constexpr = row.type.layout
-        return _rows(values.permute(1, 0), ROW)
-
-
-@gluon.constexpr_function
-def _layout_of_tokens(groups, columns, acc):
-    """[groups, BM]: each thread has what its columns of a sum have."""
-    reg = [[0, 1]] + [[0, 8 << i] for i in range(columns.bit_length() - 4)]
-    reg += [[1 << i, 0] for i in range(groups.bit_length() - 1)]
-    none = [0, 0]
-    warps = acc.warps_per_cta[0]
-    return gl.DistributedLinearLayout(
-        reg_bases=reg,
-        lane_bases=[[0, 2], [0, 4], none, none, none],
-        warp_bases=[none] * (warps.bit_length() - 1),
-        block_bases=[],
-        shape=[groups, columns],
-    )
-
-
-@gluon.jit
-def _tokens(memory, GROUP: gl.constexpr, STEP: gl.constexpr, ACC: gl.constexpr):
-    """fp32 [groups, BM] in memory -> a tensor [BM] of each group of a step."""
-    COUNT: gl.constexpr = STEP // GROUP if GROUP < STEP else 1
-    COLUMN: gl.constexpr = gl.SliceLayout(0, ACC)
-    values = memory.slice(0, COUNT, 0).load(_layout_of_tokens(COUNT, memory.shape[1], ACC))
-    return _rows(values, COLUMN)
-
-
-@gluon.jit
-def _loaded_tokens(ptr, column, stride, step, n, GROUP: gl.constexpr, STEP: gl.constexpr):
-    """The same of [n groups, stride] in global memory; 0 behind the last group."""
-    COUNT: gl.constexpr = STEP // GROUP if GROUP < STEP else 1
-    values = ()
-    for i in gl.static_range(COUNT):
-        group = step * COUNT + i if GROUP < STEP else step // (GROUP // STEP)
-        values += (gl.load(ptr + (group * stride + column), mask=group < n, other=0.0),)
-    return values
-
-
-@gluon.jit
-def _rows(values, LAYOUT: gl.constexpr):
-    """[R, C] -> R tensors [C]."""
-    if values.shape[0] == 1:
-        row = values.reshape(values.shape[1])
-        return (gl.convert_layout(row, LAYOUT, assert_trivial=True),)
-    else:
-        HALF: gl.constexpr = values.shape[0] // 2
-        first, second = values.reshape(2, HALF, values.shape[1]).permute(1, 2, 0).split()
-        return _rows(first, LAYOUT) + _rows(second, LAYOUT)
 
 
 @gluon.jit
@@ -270,9 +163,9 @@ def _fetch_x(
 def accumulate_int8(
     x_desc,
     # scales and sums of x, group-major: by a descriptor of at least the groups of a step, or by a
-    # pointer to groups x_stride apart (n_act_groups and n_groups of them) and columns [BM]. None,
-    # each, where tokens have one scale, and where rows have one zero point or none. A descriptor
-    # needs an x_row that is a multiple of 4: with others an H200 faulted
+    # pointer to groups x_stride apart (n_act_groups and n_groups of them) and columns [BM], with no
+    # more than one run. None, each, where tokens have one scale, and where rows have one zero point
+    # or none. A descriptor needs an x_row that is a multiple of 4: with others an H200 faulted
     x_scale_desc,
     x_sum_desc,
     x_scale_ptr,
@@ -302,8 +195,11 @@ def accumulate_int8(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
+    # of the tokens; no more than one where a step has several cells
+    RUNS: gl.constexpr,
 ):
-    """Sums fp32 [BN, BM] over steps begin .. end - 1 of `steps`, at least one; and memory of x.
+    """Sums fp32 [BN, BM / RUNS] of each run over steps begin .. end - 1 of `steps`, at least one;
+    and memory of x.
 
     x_row, w_row: first rows of x and of the words. up_row: of the words of up rows, where GATE is
         "halves" (hopper_memory.py). row [BN]: of the scales and zero points.
@@ -311,13 +207,14 @@ def accumulate_int8(
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     STEP: gl.constexpr = w_desc.block_shape[1] * 2
     CELLS: gl.constexpr = STEP // CELL
-    ACC: gl.constexpr = layout_of_int8_sums(WARPS, BLOCK_M)
+    RUN: gl.constexpr = BLOCK_M // RUNS
+    ACC: gl.constexpr = layout_of_int8_sums(WARPS, RUN)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     SCALES: gl.constexpr = 0 if x_scale_desc is None else x_scale_desc.block_shape[0]
     SUMS: gl.constexpr = 0 if x_sum_desc is None else x_sum_desc.block_shape[0]
     ZEROS: gl.constexpr = x_sum_desc is not None or x_sum_ptr is not None
     # a large tile has no registers for the sums of x before those of its weights are free
-    LATE: gl.constexpr = BLOCK_M > 64
+    LATE: gl.constexpr = RUN > 64
     GROUPS: gl.constexpr = _groups_fetched(ACT_GROUP, SUMS > 0, GROUP)
     BYTES: gl.constexpr = BLOCK_M * (STEP + 4 * SCALES + 4 * SUMS) + BLOCK_N * STEP // 2
 
@@ -345,10 +242,10 @@ def accumulate_int8(
         ok = begin + s < end
         mbarrier.expect(full.index(s), BYTES, pred=ok)
         fetch_words(w_desc, ws, full, s, w_row, up_row, begin + s, ok, GATE)
-    scale = _groups(scale_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
+    scale = groups_of_step(scale_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
     zero = ()
     if ZEROS:
-        zero = _groups(zero_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
+        zero = groups_of_step(zero_ptr, row, begin, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
     if PDL:
         # weights are nobody's output; x is that of the kernel before
         tl.extra.cuda.gdc_wait()
@@ -356,35 +253,50 @@ def accumulate_int8(
     for s in gl.static_range(STAGES):
         _fetch_x(descs, memories, full, s, x_row, begin + s, begin + s < end, GROUPS, STEP)
 
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-    none = gl.zeros([BLOCK_N, BLOCK_M], gl.int32, ACC)
+    acc = (gl.zeros([BLOCK_N, RUN], gl.float32, ACC),) * RUNS
+    none = gl.zeros([BLOCK_N, RUN], gl.int32, ACC)
     stage = 0
     phase = 0
     for step in range(begin, end):
         x_scale = ()
         x_sum = ()
         if x_scale_ptr is not None:
-            x_scale = _loaded_tokens(
+            x_scale = loaded_tokens(
                 x_scale_ptr, column, x_stride, step, n_act_groups, ACT_GROUP, STEP
             )
         if x_sum_ptr is not None and not LATE:
-            x_sum = _loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
+            x_sum = loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
         mbarrier.wait(full.index(stage), phase)
-        z = _operands(ws.index(stage), CELLS, OPERAND, WARPS, GATE)
-        sums = _multiply(z, xs, stage, none, CELLS, STEP)
-        following = gl.minimum(step + 1, steps - 1)
-        next_scale = _groups(scale_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
-        next_zero = ()
-        if ZEROS:
-            next_zero = _groups(zero_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS)
-        sums = _wait(sums, CELLS)
-        if x_sum_ptr is not None and LATE:
-            x_sum = _loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
-        if x_scale_desc is not None:
-            x_scale = _tokens(x_scales.index(stage), ACT_GROUP, STEP, ACC)
-        if x_sum_desc is not None:
-            x_sum = _tokens(x_sums.index(stage), GROUP, STEP, ACC)
-        acc = _scaled(acc, sums, scale, zero, x_scale, x_sum, step, CELLS, GROUP, STEP)
+        z = int8_operands(ws.index(stage), CELLS, OPERAND, WARPS, GATE)
+        before = acc
+        acc = ()
+        for run in gl.static_range(RUNS):
+            sums = _multiply(z, xs, stage, none, CELLS, STEP, run, RUNS)
+            if run == RUNS - 1:
+                following = gl.minimum(step + 1, steps - 1)
+                next_scale = groups_of_step(
+                    scale_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS
+                )
+                next_zero = ()
+                if ZEROS:
+                    next_zero = groups_of_step(
+                        zero_ptr, row, following, n_groups, GROUP, STEP, WHOLE_STEPS, WARPS
+                    )
+            sums = _wait(sums, CELLS)
+            if x_sum_ptr is not None and LATE:
+                x_sum = loaded_tokens(x_sum_ptr, column, x_stride, step, n_groups, GROUP, STEP)
+            if x_scale_desc is not None:
+                memory = _run_of(x_scales.index(stage), run, RUNS, 1)
+                x_scale = tokens_of_step(memory, ACT_GROUP, STEP, ACC)
+            if x_sum_desc is not None:
+                memory = _run_of(x_sums.index(stage), run, RUNS, 1)
+                x_sum = tokens_of_step(memory, GROUP, STEP, ACC)
+            y = _scaled(before[run], sums, scale, zero, x_scale, x_sum, step, CELLS, GROUP, STEP)
+            if run < RUNS - 1:
+                # the next run's sums come to the registers of these, which must have been read
+                none = sums[0]
+                y = warpgroup_mma_wait(0, deps=[y])
+            acc += (y,)
         scale = next_scale
         zero = next_zero
         barrier()

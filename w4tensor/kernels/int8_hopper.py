@@ -71,10 +71,12 @@ def _int8_hopper_kernel(
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
+    RUNS: gl.constexpr,
 ):
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
-    ACC: gl.constexpr = layout_of_int8_sums(WARPS, BLOCK_M)
+    RUN: gl.constexpr = BLOCK_M // RUNS
+    ACC: gl.constexpr = layout_of_int8_sums(WARPS, RUN)
     tile = gl.program_id(0)
     slices = 1
     k_slice = 0
@@ -84,7 +86,6 @@ def _int8_hopper_kernel(
     n0 *= BLOCK_N
     m0 *= BLOCK_M
     n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-    m = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
     acc, xs = accumulate_int8(
         x_desc,
         x_scale_desc,
@@ -114,44 +115,51 @@ def _int8_hopper_kernel(
         WARPS,
         STAGES,
         PDL,
+        RUNS,
     )
+    TILE: gl.constexpr = BLOCK_N * BLOCK_M
     if part_ptr is not None:
-        TILE: gl.constexpr = BLOCK_N * BLOCK_M
         others = slices - 1
         first = (tile - whole) * others
         parts = part_ptr + first.to(gl.int64) * TILE
         if k_slice < others:
-            store_part(parts + k_slice * TILE, acc)
+            for run in gl.static_range(RUNS):
+                store_part(parts + (k_slice * TILE + run * RUN * BLOCK_N), acc[run])
             barrier()
             gl.atomic_xchg(flag_ptr + first + k_slice, token, sem="release")
             return
         await_parts(flag_ptr + first, others, token)
-        acc = add_parts(acc, parts, others, TILE)
-
-    y = acc * (1.0 / UNIT)
-    if zero_ptr is not None and GROUP == 0:
-        zero = gl.load(zero_ptr + n, mask=n < N, other=0.0).to(gl.float32) - SYMMETRIC_ZERO_POINT
-        scale = gl.load(scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-        x_sum = gl.load(x_sum_ptr + m, mask=m < M, other=0.0)
-        y -= (zero * scale).expand_dims(1) * x_sum.expand_dims(0)
-    if ACT_GROUP == 0:
-        y *= gl.load(x_scale_ptr + m, mask=m < M, other=0.0).expand_dims(0)
-    if bias_ptr is not None:
-        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
     if y_desc is not None:
-        # through the memory of x, which is not needed any more
+        # the memory of x, which is not needed any more
         TILES: gl.constexpr = xs.shape[0] * 64 // BLOCK_N
         ys = reinterpret(xs, y_desc.dtype, [TILES, BLOCK_M, BLOCK_N], y_desc.layout).index(0)
         barrier()
-        ys.permute((1, 0)).store(y.to(y_desc.dtype))
+    for run in gl.static_range(RUNS):
+        m = m0 + run * RUN + gl.arange(0, RUN, gl.SliceLayout(0, ACC))
+        y = acc[run]
+        if part_ptr is not None:
+            y = add_parts(y, parts + run * RUN * BLOCK_N, others, TILE)
+        y *= 1.0 / UNIT
+        if zero_ptr is not None and GROUP == 0:
+            zero = gl.load(zero_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+            scale = gl.load(scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+            x_sum = gl.load(x_sum_ptr + m, mask=m < M, other=0.0)
+            y -= ((zero - SYMMETRIC_ZERO_POINT) * scale).expand_dims(1) * x_sum.expand_dims(0)
+        if ACT_GROUP == 0:
+            y *= gl.load(x_scale_ptr + m, mask=m < M, other=0.0).expand_dims(0)
+        if bias_ptr is not None:
+            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
+        if y_desc is not None:
+            ys.slice(run * RUN, RUN, 0).permute((1, 0)).store(y.to(y_desc.dtype))
+        else:
+            mask = (n < N).expand_dims(1) & (m < M).expand_dims(0)
+            at = m.to(gl.int64).expand_dims(0) * N + n.expand_dims(1)
+            gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if y_desc is not None:
         fence_async_shared()
         barrier()
         store(y_desc, [m0, n0], ys)
         tma.store_wait(0)
-    else:
-        mask = (n < N).expand_dims(1) & (m < M).expand_dims(0)
-        at = m.to(gl.int64).expand_dims(0) * N + n.expand_dims(1)
-        gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 _launch_gemm = Launcher(_int8_hopper_kernel, anew={"token": token_of_launch})
@@ -237,6 +245,8 @@ def int8_hopper(
         WARPS=plan.num_warps,
         STAGES=plan.num_stages,
         PDL=plan.pdl,
+        RUNS=plan.runs,
         num_warps=plan.num_warps,
+        **({"maxnreg": plan.max_registers} if plan.max_registers else {}),
         **({"launch_pdl": True} if plan.pdl else {}),
     )

@@ -8,7 +8,7 @@ import pytest
 import triton
 
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
-from w4tensor.dispatch_int8 import TILES, Int8Tile
+from w4tensor.dispatch_int8 import RUNS_REGISTERS, TILES, Int8Tile
 from w4tensor.kernels.act_quant_tile import cell_and_span
 from w4tensor.kernels.int8_hopper import _int8_hopper_kernel
 
@@ -52,10 +52,13 @@ def built(tile: Int8Tile, group=128, act=0, given=(), whole=True) -> Lowered:
     )
     types = {n: types.get(n, "i32") for n in _int8_hopper_kernel.arg_names}
     constants |= dict(GROUP_N=8, GROUP=group, ACT_GROUP=act, CELL=cell_and_span(group, act)[0])
-    constants |= dict(WHOLE_STEPS=whole, WARPS=tile.num_warps, STAGES=tile.num_stages, PDL=True)
+    constants |= dict(WHOLE_STEPS=whole, WARPS=tile.num_warps, STAGES=tile.num_stages)
+    constants |= dict(PDL=True, RUNS=tile.runs)
     unaligned = tuple(name for name in types if name.endswith("_desc"))
     unaligned += ("token", "M", "steps", "n_groups", "whole", "split_k")
-    return lower(_int8_hopper_kernel, types, constants, tile.num_warps, unaligned=unaligned)
+    cap = {"maxnreg": RUNS_REGISTERS} if tile.runs > 1 else {}
+    options = dict(unaligned=unaligned, **cap)
+    return lower(_int8_hopper_kernel, types, constants, tile.num_warps, **options)
 
 
 def check(tile: Int8Tile, budget: float, **options) -> Lowered:
@@ -79,18 +82,34 @@ BUDGET = {
     "64x64x128": (3.0, 3.9),
     "64x128x128": (2.4, 3.4),
     "128x64x128": (4.0, 5.6),
+    "2*64x64x128": (4.3, None),
 }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 def test_every_tile(tile):
     for act, budget in zip((0, 128), BUDGET[tile.name], strict=True):
+        if budget is None:
+            # dispatch does not choose it
+            continue
         code = check(tile, budget, act=act)
         # registers come by 8
         registers = code.threads * (-(-code.registers // 8) * 8)
         if act == 0:
             assert tile.resident * registers <= 65536, str(code)
             assert tile.resident * (code.shared + 1024) <= SHARED_OF_A_MULTIPROCESSOR, code.shared
+
+
+@pytest.mark.parametrize("slices", [(), ("part_ptr", "flag_ptr")], ids=["whole", "slices"])
+@pytest.mark.parametrize("bias", [(), ("bias_ptr",)], ids=["plain", "bias"])
+@pytest.mark.parametrize("group,spilled", [(128, 0), (256, 0), (0, 1)])
+def test_runs_of_tokens_have_the_registers_of_four_programs(group, spilled, bias, slices):
+    """Where a row is one group, one pair of registers goes to memory in a step."""
+    tile = next(t for t in TILES if t.runs > 1)
+    code = built(tile, group=group, given=bias + slices)
+    assert code.registers <= RUNS_REGISTERS and code.matrix == {"IGMMA"}, str(code)
+    assert code.count("STL") <= spilled and code.count("LDL") <= spilled, str(code)
+    assert code.count("STS", "STSM") == 0 and "C75" not in messages(code), str(code)
 
 
 @pytest.mark.parametrize("tile", [t for t in TILES if t.fine], ids=lambda tile: tile.name)
