@@ -141,7 +141,7 @@ DP4A |= {(1, 16, 32): 1.9, (1, 0, 0): 1.1, (2, 128, 32): 2.0, (4, 128, 32): 3.0}
 
 
 @pytest.mark.parametrize(("tokens", "group", "act_group"), DP4A)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_dp4a(tokens, group, act_group, capability):
     code = lower_dp4a(tokens, 4, group, act_group, capability=capability)
     assert code.stack == 0
@@ -164,7 +164,7 @@ DECODE |= {(16, 128, 32): 2.8, (16, 128, 128): 2.3, (16, 128, 0): 1.8}
 
 
 @pytest.mark.parametrize(("block_m", "group", "act_group"), DECODE)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_decode(block_m, group, act_group, capability):
     code = lower_decode(block_m, group, act_group, capability=capability)
     assert code.stack == 0

@@ -98,7 +98,7 @@ def _goes_straight_to_registers(code: Lowered) -> bool:
     return code.stack == 0 and memory == 0 and code.matrix == {"HMMA"}
 
 
-@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("capability", [90, 80, 100])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_symmetric_groups_of_128(tile, capability):
     code = _lower(tile, capability=capability)

@@ -127,6 +127,14 @@ def test_on_ampere(tile):
     assert code.per_weight(tile[1] * 128) <= 4.3, str(code)
 
 
+@pytest.mark.parametrize("tile", [(16, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3)])
+def test_on_blackwell(tile):
+    """Its matrix unit takes no weights from registers: they pass through shared memory."""
+    code = _lower(*tile, capability=100, tma=False)
+    assert code.stack == 0 and code.matrix == {"UTCHMMA"}, str(code)
+    assert code.per_weight(tile[1] * 128) <= 4.6, str(code)
+
+
 # scales change with each part of a block, and zero points with them
 @pytest.mark.parametrize(("group", "zero"), [(128, None), (32, None), (128, "fp16")])
 @pytest.mark.parametrize("block_n", [64, 128])

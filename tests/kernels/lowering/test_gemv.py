@@ -76,7 +76,7 @@ def _check(budget: float, **kind) -> None:
     assert code.per_weight(ROWS * code.threads * 32) <= budget, code
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("num_warps,ahead", [(1, False), (2, True), (4, True), (4, False)])
 def test_one_scale_a_thread(num_warps, ahead, capability):
     _check(2.6, num_warps=num_warps, ahead=ahead, capability=capability)
@@ -118,7 +118,7 @@ def test_experts_second_product():
     _check(3.6, num_warps=4, ahead=True, ids=True, top_k=8)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("act", [32, 128])
 @pytest.mark.parametrize("num_warps,ahead", [(2, False), (2, True), (4, True), (4, False)])
 def test_int8_activations(num_warps, ahead, act, capability):
