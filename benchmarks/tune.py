@@ -18,6 +18,7 @@ import functools
 import itertools
 import multiprocessing
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ def check(job: tuple) -> tuple[tuple, str]:
         return job, repr(failure)[:200]
 
 
-def tune(p: Point, plans: list, writer, out) -> None:
+def tune(p: Point, plans: list, writer) -> None:
     """Time `plans` on one point."""
     weight, w = _weight(p.n, p.k, p.group_size, p.zero)
     nbytes = sum(t.nbytes for t in weight if t is not None)
@@ -171,7 +172,6 @@ def tune(p: Point, plans: list, writer, out) -> None:
     for plan, measured, error in zip(tried, times, errors, strict=True):
         row = (*p, f"{measured.us:.2f}", f"{read_us:.2f}", f"{bf16.us:.2f}", f"{error:.1e}")
         writer.writerow([*row, *written(plan).split(" ", 1)])
-    out.flush()
 
 
 def read(path: Path) -> dict[Point, dict[str, tuple[float, float]]]:
@@ -215,19 +215,58 @@ def regret(path: Path, target: Arch) -> None:
         print(f"{len(losses)} points, loss: {middle:.3f} median, {high:.3f} at 95 %", losses[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser(description: str, tokens: str, out: str) -> argparse.ArgumentParser:
+    """What the scripts that tune tiles of Linears are told alike."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    made.add_argument(
         "--shapes", default="4096x4096x128", help="N x K x group size, commas between"
     )
-    parser.add_argument("--m", default="4,16,64,256,1024,4096")
-    parser.add_argument("--zero", default="symmetric")
-    parser.add_argument("--seconds", type=float, default=300, help="start no point after these")
-    parser.add_argument("--out", type=Path, default=Path("tune.csv"))
-    parser.add_argument("--regret", type=Path, help="read these rows, measure nothing")
-    options = parser.parse_args()
+    made.add_argument("--m", default=tokens)
+    made.add_argument("--seconds", type=float, default=300, help="start no point after these")
+    made.add_argument("--out", type=Path, default=Path(out))
+    made.add_argument("--regret", type=Path, help="read these rows, measure nothing")
+    return made
+
+
+def try_all(check: Callable[[tuple], tuple[tuple, str]], jobs: Iterable[tuple]) -> dict[tuple, str]:
+    """What check(), in worker processes, finds wrong with each of the jobs."""
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+        tried = dict(pool.imap_unordered(check, jobs))
+    for job, problem in tried.items():
+        if problem:
+            print(job, problem, flush=True)
+    print(f"{len(tried)} kernels compiled and checked", flush=True)
+    return tried
+
+
+def tune_all(
+    points: Iterable[tuple],
+    tune: Callable[..., None],
+    path: Path,
+    fields: list[str],
+    deadline: float,
+) -> None:
+    """tune(point, writer) of each point that starts before the deadline; adds rows to a file."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        if is_new:
+            writer.writerow(fields)
+        for p in points:
+            if time.time() > deadline:
+                print("no time for", p, flush=True)
+                continue
+            tune(p, writer)
+            out.flush()
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    options_of = parser(__doc__, "4,16,64,256,1024,4096", "tune.csv")
+    options_of.add_argument("--zero", default="symmetric")
+    options = options_of.parse_args()
     if options.regret:
         regret(options.regret, Arch(capability=(9, 0), num_sms=132, triton=(3, 6)))
         return
@@ -244,24 +283,12 @@ def main() -> None:
         for plan in plans[p]
         if not isinstance(plan, DequantPlan)
     }
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        tried = dict(pool.imap_unordered(check, jobs))
-    for job, problem in tried.items():
-        if problem:
-            print(job, problem, flush=True)
-    print(f"{len(jobs)} kernels compiled and checked", flush=True)
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="") as out:
-        writer = csv.writer(out)
-        if is_new:
-            writer.writerow(FIELDS)
-        for p in points:
-            if time.time() > deadline:
-                print("no time for", p, flush=True)
-                continue
-            good = [plan for plan in plans[p] if not tried.get(_job(plan, p))]
-            tune(p, good, writer, out)
-            torch.cuda.empty_cache()
+    tried = try_all(check, jobs)
+
+    def tune_one(p: Point, writer) -> None:
+        tune(p, [plan for plan in plans[p] if not tried.get(_job(plan, p))], writer)
+
+    tune_all(points, tune_one, options.out, FIELDS, deadline)
 
 
 if __name__ == "__main__":

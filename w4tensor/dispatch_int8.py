@@ -178,7 +178,11 @@ def plan_int8(p: Problem, arch: Arch) -> Int8Plan:
     >>> plan_int8(p, h200).name
     'int8 tile 8x128/1'
     """
-    tile, split_k, whole = _best(p, arch.num_sms)
+    return plan_of(p, arch, *best(p, arch.num_sms))
+
+
+def plan_of(p: Problem, arch: Arch, tile: Int8Tile, split_k: int, whole: int) -> Int8Plan:
+    """The plan for one of candidates()."""
     programs = whole + (_tiles(p, tile) - whole) * split_k
     evenly = tile.resident <= -(-programs // arch.num_sms)
     return tile.plan(split_k, whole, overlap=quantizing_overlaps(p, evenly))
@@ -186,10 +190,11 @@ def plan_int8(p: Problem, arch: Arch) -> Int8Plan:
 
 def int8_us(p: Problem, arch: Arch) -> float:
     """Microseconds that plan_int8() takes on an H200, without those that quantise x."""
-    return predicted_us(p, arch.num_sms, *_best(p, arch.num_sms))
+    return predicted_us(p, arch.num_sms, *best(p, arch.num_sms))
 
 
-def _best(p: Problem, num_sms: int) -> tuple[Int8Tile, int, int]:
+def best(p: Problem, num_sms: int) -> tuple[Int8Tile, int, int]:
+    """The candidate that is predicted to be the fastest."""
     return min(candidates(p, num_sms), key=lambda choice: predicted_us(p, num_sms, *choice))
 
 

@@ -19,6 +19,7 @@ SCRIPTS = (
     "rows",
     "tune",
     "tune_act_quant",
+    "tune_int8",
     "tune_moe",
 )
 

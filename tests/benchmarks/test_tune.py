@@ -100,3 +100,16 @@ def test_regret_is_the_choice_over_the_best(three_rows, capsys):
     # without a row of the choice there is nothing to compare
     assert lines[3] == "4096x4096x128 integer M=16: not measured: best 9.0 (bf16 11.5)"
     assert lines[6].startswith("1 points, loss: 1.200 median")
+
+
+def test_rows_are_added_until_time_is_out(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+
+    def one(p, writer):
+        writer.writerow([p, 2 * p])
+
+    tune.tune_all([1, 2], one, path, ["p", "us"], deadline=float("inf"))
+    tune.tune_all([3], one, path, ["p", "us"], deadline=float("inf"))
+    tune.tune_all([4], one, path, ["p", "us"], deadline=0.0)
+    assert path.read_text() == "p,us\n1,2\n2,4\n3,6\n"
+    assert capsys.readouterr().out == "no time for 4\n"
