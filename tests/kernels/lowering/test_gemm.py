@@ -129,9 +129,12 @@ def test_on_ampere(tile):
 
 @pytest.mark.parametrize("tile", [(16, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3)])
 def test_on_blackwell(tile):
-    """Its matrix unit takes no weights from registers: they pass through shared memory."""
+    """Its matrix unit takes weights from tensor memory, where they go from registers."""
     code = _lower(*tile, capability=100, tma=False)
     assert code.stack == 0 and code.matrix == {"UTCHMMA"}, str(code)
+    # what goes to shared memory, four bytes at a time, is x
+    assert code.count("STTM") > 0 and code.count("STS") == code.opcodes["STS"], str(code)
+    assert code.count("STS") * 4 * code.threads == tile[0] * 128 * 2, str(code)
     assert code.per_weight(tile[1] * 128) <= 4.6, str(code)
 
 
