@@ -39,7 +39,8 @@ from w4tensor.dispatch_experts import (
     plan_experts,
 )
 from w4tensor.dispatch_gemv import WARP_K, GemvPlan, serves_gemv
-from w4tensor.kernels.routing import route, tiles_of
+from w4tensor.kernels.routing import route
+from w4tensor.kernels.row_tiles import tiles_of
 from w4tensor.layout import ACT_QUANT, COALESCED
 from w4tensor.moe import Stack
 from w4tensor.plans_experts import (

@@ -118,6 +118,36 @@ def test_zero_points_take_registers_of_pairs():
         assert [plan.ahead for plan in plans] == [symmetric] * 3
 
 
+QWEN = dict(top_k=8, experts=256, hidden=2048, inter=512)
+
+
+@pytest.mark.parametrize(
+    "tokens,kind,rows,programs",
+    [
+        (600, {}, 32, 0),
+        (1600, {}, 64, 2 * 132),
+        (1600, dict(act_group_size=32), 64, 2 * 132),
+        (1600, dict(symmetric=False), 64, 0),
+        # a short K wants small tiles, but where zero points keep those from being shared
+        (4096, {}, 64, 2 * 132),
+        (4096, dict(symmetric=False), 128, 2 * 132),
+        (16384, {}, 256, 132),
+        (1600, dict(group_size=64), 64, 0),
+        (1600, dict(act_group_size=-1), 64, 0),
+    ],
+)
+def test_programs_share_tiles_where_that_is_faster(tokens, kind, rows, programs):
+    plan = plan_experts(ExpertsProblem(tokens, **{**QWEN, "group_size": 128, **kind}), H200)
+    for part in (plan.first, plan.second):
+        assert (part.block_m, getattr(part, "programs", 0)) == (rows, programs)
+
+
+def test_a_long_k_is_not_shared():
+    mixtral = dict(top_k=2, experts=8, hidden=4096, inter=14336, group_size=128)
+    plan = plan_experts(ExpertsProblem(512, **mixtral), H200)
+    assert plan.first.programs == 2 * 132 and plan.second.programs == 0
+
+
 @pytest.mark.parametrize("act_group_size,most", [(None, 256), (32, 256), (-1, 128)])
 def test_tiles_grow_with_the_rows_of_an_expert(act_group_size, most):
     sizes = [

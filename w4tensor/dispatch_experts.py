@@ -122,12 +122,14 @@ SLICES = (1, 2, 3, 4)
 # E=256, 1600 tokens 297, 267, 4096 664, 607; Qwen3, 1024 tokens 259, 242, 4096 750, 683; OLMoE,
 # 1024 280, 265; Mixtral, 512 820, with its first product 792, with both 798. Of fewer rows: E=256,
 # 256 tokens 139, 138, Qwen3 119, 127. Groups of 64 gain nothing (gpt-oss, 1024 522, 538, 4096 1519,
-# 1511). Zero points and W4A8's words have not been run, and are not shared
+# 1511). W4A8's words with groups of 32: E=256, 1600 298, 285, 4096 697, 658, Qwen3, 1024 264, 264,
+# 4096 831, 740. Zero points: E=256, 1600 296, 304, and by tiles of 128 rows, 4096 671, 647
 SHARED_RESIDENT = {64: 2, 128: 2, 256: 1}
 SHARED_K = 4096
 SHARED_GROUP = 128
+SHARED_WITH_ZERO_POINTS = 128
 # where one of a block's products has no longer K, tiles of 64 rows serve up to so many. E=256, 4096
-# tokens (128 rows), shared: 607 us, by tiles of 128 rows 632
+# tokens (128 rows), shared: 607 us, by tiles of 128 rows 632; zero points, not shared, 708 and 671
 SHORT_K = 512
 SHORT_K_ROWS = 200.0
 
@@ -163,7 +165,7 @@ def plan_experts(problem: ExpertsProblem, arch: Arch) -> ExpertsPlan | None:
             second=_plan_few(p.tokens, p.top_k, p.hidden, p.inter, *kind, arch, "second"),
         )
     sizes = p.group_size, p.hidden, p.inter
-    tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size)
+    tile = _plan_grouped(p.rows_an_expert, *sizes, arch, p.act_group_size, p.symmetric)
     first = for_short_loops(tile, p.hidden, p.rows_an_expert)
     first = shared(first, p.hidden, p, arch)
     second = _of_second_product(tile, p, arch)
@@ -185,8 +187,9 @@ def shared(tile: RowsPlan, k: int, p: ExpertsProblem, arch: Arch) -> RowsPlan:
     faster."""
     if not isinstance(tile, HopperGroupedPlan) or tile.split_k > 1 or k > SHARED_K:
         return tile
-    plain = p.symmetric and p.act_group_size is None and p.group_size >= SHARED_GROUP
-    if not plain or tile.block_m not in SHARED_RESIDENT:
+    if p.group_size < SHARED_GROUP or tile.block_m not in SHARED_RESIDENT:
+        return tile
+    if not p.symmetric and tile.block_m < SHARED_WITH_ZERO_POINTS:
         return tile
     return replace(tile, programs=SHARED_RESIDENT[tile.block_m] * arch.num_sms)
 
@@ -285,7 +288,7 @@ def plan_gathered(
     problem = ExpertsProblem(rows, 1, experts, k, 1, *kind)
     if problem.few_pairs:
         return _plan_few(rows, 1, n, k, *kind, arch, "none")
-    tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size)
+    tile = _plan_grouped(problem.rows_an_expert, group_size, k, k, arch, act_group_size, symmetric)
     return shared(for_short_loops(tile, k, problem.rows_an_expert), k, problem, arch)
 
 
@@ -296,6 +299,7 @@ def _plan_grouped(
     k_second: int,
     arch: Arch,
     act_group_size: int | None,
+    symmetric: bool = True,
 ) -> RowsPlan:
     hopper = arch.capability[0] == HOPPER
     # what the tensor memory accelerator reads, and scales that words have one of
@@ -303,7 +307,7 @@ def _plan_grouped(
     if hopper and aligned:
         if mean_rows <= _most_int8_rows(group_size, act_group_size):
             return next(plan for most, plan in HOPPER_INT8_TILES if mean_rows <= most)
-        if mean_rows <= SHORT_K_ROWS and min(k_first, k_second) <= SHORT_K:
+        if symmetric and mean_rows <= SHORT_K_ROWS and min(k_first, k_second) <= SHORT_K:
             mean_rows = min(mean_rows, ROWS_OF_64)
         return next(plan for most, plan in HOPPER_TILES if mean_rows <= most)
     block_m = next((m for most, m in ROWS_OF_TILE if mean_rows <= most), 128 if hopper else 64)

@@ -30,7 +30,8 @@ from w4tensor.kernels.grouped_hopper import multiply_grouped_hopper
 from w4tensor.kernels.grouped_int8_hopper import multiply_grouped_int8_hopper
 from w4tensor.kernels.pairs import multiply_pairs, takes_word_order
 from w4tensor.kernels.quantize_activation import quantize_activation, round_activation
-from w4tensor.kernels.routing import route, tiles_of
+from w4tensor.kernels.routing import route
+from w4tensor.kernels.row_tiles import tiles_of
 from w4tensor.plans_experts import (
     ExpertsPlan,
     FewPlan,

@@ -1,6 +1,6 @@
 """Rows of x by expert: what the tensor memory accelerator reads has to stand sorted in memory.
 
-Programs behind those of the rows list the tiles, where that was left to them (routing.py).
+Programs behind those of the rows list the tiles, where that was left to them (row_tiles.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from w4tensor.kernels.launcher import Launcher
-from w4tensor.kernels.routing import BLOCK_SLOTS, block_of_experts, list_tiles
+from w4tensor.kernels.row_tiles import BLOCK_SLOTS, block_of_experts, list_tiles
 
 # bytes of a row that a program copies
 BLOCK = 4096
+# bytes that a program copies, of several rows, where rows are not few: with less it starts slower
+# than it copies
+BYTES = 8192
+FEW_ROWS = 2048
 
 
 @triton.jit(do_not_specialize=["n_experts", "n_rows", "n_tiles"])
@@ -30,6 +34,7 @@ def _gather_kernel(
     K,
     stride_x,
     X_DIV: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     NARROW: tl.constexpr,
@@ -40,11 +45,11 @@ def _gather_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
     given = tl.load(offs_ptr + n_experts - 1)
+    first = tl.program_id(0) * ROWS
     if tiles_ptr is not None:
-        if (row >= n_rows) & (tl.program_id(1) == 0):
-            e = tl.program_id(0) - n_rows
+        e = tl.program_id(0) - tl.cdiv(n_rows, ROWS)
+        if (e >= 0) & (tl.program_id(1) == 0):
             list_tiles(
                 offs_ptr,
                 tiles_ptr,
@@ -57,13 +62,14 @@ def _gather_kernel(
                 BLOCK_E,
                 BLOCK_SLOTS,
             )
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # rows of sentinels are nobody's
-    if row < given:
-        x_row = tl.load(order_ptr + row).to(tl.int64) // X_DIV
-        tl.store(
-            out_ptr + row * K + k, tl.load(x_ptr + x_row * stride_x + k, mask=k < K), mask=k < K
-        )
+    if first < given:
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mask = (row < given)[:, None] & (k < K)
+        x_row = tl.load(order_ptr + row, mask=row < given, other=0).to(tl.int64) // X_DIV
+        x = tl.load(x_ptr + x_row[:, None] * stride_x + k, mask=mask)
+        tl.store(out_ptr + row[:, None] * K + k, x, mask=mask)
 
 
 _launch = Launcher(_gather_kernel)
@@ -87,8 +93,9 @@ def gather_rows(
     out = torch.empty(order.numel(), k, device=x.device, dtype=x.dtype)
     block = min(BLOCK // x.element_size(), 1 << (k - 1).bit_length())
     n_rows, n_experts = order.numel(), offs.numel()
+    rows = 1 if n_rows <= FEW_ROWS else max(1, BYTES // (block * x.element_size()))
     _launch(
-        (n_rows + (0 if tiles is None else n_experts + 1), -(-k // block)),
+        (-(-n_rows // rows) + (0 if tiles is None else n_experts + 1), -(-k // block)),
         x,
         order,
         offs,
@@ -100,6 +107,7 @@ def gather_rows(
         k,
         x.stride(0),
         X_DIV=x_div,
+        ROWS=rows,
         BLOCK=block,
         BLOCK_M=block_m,
         NARROW=narrow_m,

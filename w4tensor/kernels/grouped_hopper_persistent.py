@@ -1,8 +1,8 @@
 """grouped_hopper's product where there are more tiles than the card holds at a time, in Gluon.
 
 As many programs as the card holds share the tiles: program p has the tiles p, p + P, ... of the
-list, which has wide tiles first and then the narrow ones (kernels/routing.py), so that all have as
-many of each. A program goes on from tile to tile without emptying its ring (hopper_loop.py): it
+list, which has wide tiles first and then the narrow ones (kernels/row_tiles.py), so that all have
+as many of each. A program goes on from tile to tile without emptying its ring (hopper_loop.py): it
 fetches the next tile's first steps while it multiplies this one's last ones and while it stores.
 """
 

@@ -1,21 +1,15 @@
-"""Stable counting sort of (token, slot) pairs by expert, and the list of row tiles that serves it.
+"""Stable counting sort of (token, slot) pairs by expert.
 
     ids      [pairs]          3 0 3 9 0          9 is no expert here (E = 4): a sentinel
     order    [pairs]          1 4 | | 0 2 |      the pairs of expert 0, 1, 2, 3; sentinels nowhere
     offs     [E]              2 2 2 4            where each expert ends, as torch._grouped_mm has it
-    tiles    [n_tiles, 3]     (expert, first row, end row), at most BLOCK_M rows each
+    tiles    [n_tiles, 3]     the row tiles of each (row_tiles.py)
 
-One launch and no communication: program e counts for itself how many pairs have a smaller expert
-(its first row) and how many have its own, then writes those. Its tiles start at
-
-    slot(e) = first // BLOCK_M + min(e, first)
-
-which leaves room for ceil(count / BLOCK_M) tiles before slot(e + 1) (floor(a + b) >= floor(a) +
-floor(b), and an expert that has pairs raises min(e, first) by one), needs no sum over the tiles of
-others, and ends at pairs // BLOCK_M + min(E, pairs). Slots in between are empty: first row = end.
-
-Programs that share tiles evenly want no holes, and tiles of one cost side by side: list_tiles()
-makes such a list once offs is there.
+For few pairs, one launch and no communication: program e counts for itself how many pairs have a
+smaller expert (its first row) and how many have its own, then writes those. Every program reads all
+ids, which takes longer the more pairs and experts there are. Then one launch counts the experts of
+each CHUNK of pairs, and another places a chunk a program: behind all pairs of smaller experts, and
+those of the same expert in chunks before it and in its own.
 """
 
 from __future__ import annotations
@@ -26,29 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from w4tensor.kernels.launcher import Launcher
+from w4tensor.kernels.row_tiles import BLOCK_SLOTS, block_of_experts, write_tiles_of
 
-# up to so many pairs, a program reads all of them in one block; of more it reads blocks, twice
-ONE_BLOCK_PAIRS = 16384
-BLOCK_PAIRS = 4096
-# of a block, those in a run whose ranks are found by themselves
+# of one launch, which keeps them in registers; and times experts. us on an H200, by one launch and
+# by two: 256 experts, 8192 pairs 6.8, 10.2, 12800 13.6, 9.9; 128 experts, 16384 7.6, 9.5; 8
+# experts, 8192 4.8, 6.6. By one that read all ids twice, and by two: 256 experts, 32768 33.0, 9.8,
+# 65536 63.1, 15.5, 131072 123, 35.5
+ONE_LAUNCH_PAIRS = 16384
+ONE_LAUNCH_READS = 1 << 21
+CHUNK = 256
+# of pairs, those in a run whose ranks are found by themselves
 RUN = 64
-# tile slots that one store fills
-BLOCK_SLOTS = 32
-
-
-@triton.jit
-def _write_tiles(
-    tiles_ptr, expert, first, end, slot, slot_end, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Slots slot..slot_end: rows first..end in steps of BLOCK_M, then empty ones."""
-    i = tl.arange(0, BLOCK)
-    for s in range(slot, slot_end, BLOCK):
-        at = tiles_ptr + (s + i) * 3
-        row = tl.minimum(first + (s - slot + i) * BLOCK_M, end)
-        mask = s + i < slot_end
-        tl.store(at, expert + tl.zeros_like(i), mask=mask)
-        tl.store(at + 1, row, mask=mask)
-        tl.store(at + 2, tl.minimum(row + BLOCK_M, end), mask=mask)
+# of a chunk, those that others are compared with at a time
+OTHERS = 32
+# chunks whose counts a step adds
+BLOCK_CHUNKS = 32
 
 
 @triton.jit
@@ -63,18 +49,6 @@ def _count(flags):
     return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
 
 
-@triton.jit
-def _place(order_ptr, first, mine, pair):
-    """Write pairs that are `mine`, in their order, from row `first` on -> the row behind them."""
-    # ranks within runs, then of runs: a scan of all at once is one long chain
-    mine = mine.to(tl.int32)
-    counts = tl.sum(mine, 1)
-    before = tl.cumsum(counts, 0) - counts
-    rank = before[:, None] + tl.cumsum(mine, 1) - 1
-    tl.store(order_ptr + first + rank, pair, mask=mine != 0)
-    return first + tl.sum(counts, 0)
-
-
 # one binary for every number of tokens of a size
 @triton.jit(do_not_specialize=["n_pairs", "n_tiles"])
 def _route_kernel(
@@ -86,107 +60,117 @@ def _route_kernel(
     E,
     n_tiles,
     BLOCK_M: tl.constexpr,
+    # all pairs at least
     BLOCK_PAIRS: tl.constexpr,
     RUN: tl.constexpr,
-    # whether BLOCK_PAIRS is all of them
-    ONE_BLOCK: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # program E stands behind the last expert: it has no pairs, and fills the slots that are left
+    # program E stands behind the last expert, and has no pairs
     e = tl.program_id(0)
-    p = tl.arange(0, BLOCK_PAIRS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    if ONE_BLOCK:
-        ids = _experts_of(ids_ptr, p, n_pairs, E)
-        first = _count((ids >= 0) & (ids < e))
-        end = first + _count(ids == e)
-    else:
-        smaller = tl.zeros((BLOCK_PAIRS // RUN, RUN), tl.int32)
-        same = smaller
-        for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=1):
-            ids = _experts_of(ids_ptr, start + p, n_pairs, E)
-            smaller += ((ids >= 0) & (ids < e)).to(tl.int32)
-            same += (ids == e).to(tl.int32)
-        first = _count(smaller)
-        end = first + _count(same)
+    pair = tl.arange(0, BLOCK_PAIRS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    ids = _experts_of(ids_ptr, pair, n_pairs, E)
+    first = _count((ids >= 0) & (ids < e))
+    end = first + _count(ids == e)
     if e < E:
         tl.store(offs_ptr + e, end)
     if tiles_ptr is not None:
-        slot = first // BLOCK_M + tl.minimum(e, first)
-        slot_end = tl.where(e < E, end // BLOCK_M + tl.minimum(e + 1, end), n_tiles)
-        _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
-
+        write_tiles_of(tiles_ptr, e, first, end, E, n_tiles, BLOCK_M, BLOCK_SLOTS)
     if end > first:
-        if ONE_BLOCK:
-            _place(order_ptr, first, ids == e, p)
-        else:
-            row = first
-            for start in tl.range(0, n_pairs, BLOCK_PAIRS, num_stages=1):
-                ids = _experts_of(ids_ptr, start + p, n_pairs, E)
-                row = _place(order_ptr, row, ids == e, start + p)
+        mine = (ids == e).to(tl.int32)
+        # ranks within runs, then of runs: a scan of all at once is one long chain
+        counts = tl.sum(mine, 1)
+        before = tl.cumsum(counts, 0) - counts
+        rank = before[:, None] + tl.cumsum(mine, 1) - 1
+        tl.store(order_ptr + first + rank, pair, mask=mine != 0)
 
 
-@triton.jit
-def list_tiles(
+@triton.jit(do_not_specialize=["n_pairs"])
+def _count_kernel(
+    ids_ptr,
+    counts_ptr,
+    n_pairs,
+    E,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """counts [chunks, BLOCK_E]: pairs of each chunk with each expert; sentinels are not counted."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chunk = tl.program_id(0)
+    ids = _experts_of(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), n_pairs, E)
+    counts = tl.histogram(ids, BLOCK_E, mask=ids >= 0)
+    tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_tiles", "n_chunks"])
+def _place_kernel(
+    ids_ptr,
+    counts_ptr,
+    order_ptr,
     offs_ptr,
     tiles_ptr,
-    e,
-    n_rows,
+    n_pairs,
     E,
     n_tiles,
+    n_chunks,
     BLOCK_M: tl.constexpr,
-    # tiles with at most so many rows are narrow
-    NARROW: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OTHERS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Tiles of expert e: wide ones of all experts, then narrow ones. e = E: those of the rows from
-    offs[-1] to n_rows, behind all, and then empty slots."""
-    i = tl.arange(0, BLOCK_E)
-    ends = tl.load(offs_ptr + i, mask=i < E, other=0)
-    count = ends - tl.load(offs_ptr + i - 1, mask=(i > 0) & (i < E), other=0)
-    rest = count % BLOCK_M
-    wide = count // BLOCK_M + (rest > NARROW).to(tl.int32)
-    narrow = ((rest > 0) & (rest <= NARROW)).to(tl.int32)
-    slot = tl.sum(tl.where(i < e, wide, 0), 0)
-    slot_end = slot + tl.sum(tl.where(i == e, wide, 0), 0)
-    slot_narrow = tl.sum(wide, 0) + tl.sum(tl.where(i < e, narrow, 0), 0)
-    first = tl.load(offs_ptr + e - 1, mask=e > 0, other=0)
-    if e < E:
-        end = tl.load(offs_ptr + e)
-        _write_tiles(tiles_ptr, e, first, end, slot, slot_end, BLOCK_M, BLOCK_SLOTS)
-        first += (slot_end - slot) * BLOCK_M
-        slot_end = slot_narrow + (first < end).to(tl.int32)
-        _write_tiles(tiles_ptr, e, first, end, slot_narrow, slot_end, BLOCK_M, BLOCK_SLOTS)
-    else:
-        _write_tiles(tiles_ptr, e, first, n_rows, slot_narrow, n_tiles, BLOCK_M, BLOCK_SLOTS)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
-def _tiles_kernel(
-    offs_ptr,
-    tiles_ptr,
-    n_rows,
-    E,
-    n_tiles,
-    BLOCK_M: tl.constexpr,
-    NARROW: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-):
-    e = tl.program_id(0)
-    list_tiles(offs_ptr, tiles_ptr, e, n_rows, E, n_tiles, BLOCK_M, NARROW, BLOCK_E, BLOCK_SLOTS)
-
-
-def block_of_experts(n_experts: int) -> int:
-    """BLOCK_E of list_tiles()."""
-    return max(32, 1 << (n_experts - 1).bit_length())
+    """Write the pairs of chunk program_id to where they belong."""
+    chunk = tl.program_id(0)
+    of_chunk = tl.arange(0, CHUNK)
+    pair = chunk * CHUNK + of_chunk
+    experts = tl.arange(0, BLOCK_E)
+    # ids are older than the launch ahead
+    mine = _experts_of(ids_ptr, pair, n_pairs, E)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    # unrolled, so that all loads are under way at once
+    for start in tl.static_range(0, CHUNK, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        theirs = _experts_of(ids_ptr, chunk * CHUNK + other, n_pairs, E)
+        earlier = (theirs[None, :] == mine[:, None]) & (other[None, :] < of_chunk[:, None])
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros((BLOCK_CHUNKS, BLOCK_E), tl.int32)
+    before = total
+    for start in range(0, n_chunks, BLOCK_CHUNKS):
+        c = start + tl.arange(0, BLOCK_CHUNKS)[:, None]
+        at = counts_ptr + c * BLOCK_E + experts[None, :]
+        counts = tl.load(at, mask=c < n_chunks, other=0)
+        total += counts
+        before += tl.where(c < chunk, counts, 0)
+    total = tl.sum(total, 0)
+    before = tl.sum(before, 0)
+    ends = tl.cumsum(total, 0)
+    firsts = ends - total
+    row = tl.gather(firsts + before, tl.maximum(mine, 0), 0) + rank
+    tl.store(order_ptr + row, pair, mask=mine >= 0)
+    if chunk == 0:
+        tl.store(offs_ptr + experts, ends, mask=experts < E)
+    if tiles_ptr is not None:
+        # experts by turns, and as in _route_kernel one behind the last
+        for e in range(chunk, E + 1, n_chunks):
+            first = tl.sum(tl.where(experts < e, total, 0), 0)
+            end = first + tl.sum(tl.where(experts == e, total, 0), 0)
+            write_tiles_of(tiles_ptr, e, first, end, E, n_tiles, BLOCK_M, BLOCK_SLOTS)
 
 
 _launch_route = Launcher(_route_kernel)
+_launch_count = Launcher(_count_kernel)
+_launch_place = Launcher(_place_kernel)
 
 
 def route(
@@ -202,54 +186,50 @@ def route(
     order = torch.empty(n_pairs, dtype=torch.int32, device=ids.device)
     offs = torch.empty(n_experts, dtype=torch.int32, device=ids.device)
     tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=ids.device)
-    block, warps = BLOCK_PAIRS, 16
-    if n_pairs <= ONE_BLOCK_PAIRS:
+    ids = ids.contiguous()
+    written = order, offs, tiles if listed else None
+    early = {"launch_pdl": True} if pdl else {}
+    if n_pairs <= ONE_LAUNCH_PAIRS and n_pairs * n_experts <= ONE_LAUNCH_READS:
         block = max(128, 1 << (n_pairs - 1).bit_length())
-        warps = max(min(4, block // 128), block // 1024)
-    _launch_route(
-        (n_experts + 1,),
-        ids.contiguous(),
-        order,
-        offs,
-        tiles if listed else None,
+        _launch_route(
+            (n_experts + 1,),
+            ids,
+            *written,
+            n_pairs,
+            n_experts,
+            n_tiles,
+            BLOCK_M=block_m,
+            BLOCK_PAIRS=block,
+            RUN=RUN,
+            BLOCK_SLOTS=BLOCK_SLOTS,
+            PDL=pdl,
+            num_warps=max(min(4, block // 128), block // 1024),
+            **early,
+        )
+        return order, offs, tiles
+    n_chunks = -(-n_pairs // CHUNK)
+    block_e = block_of_experts(n_experts)
+    counts = torch.empty(n_chunks, block_e, dtype=torch.int32, device=ids.device)
+    sizes = dict(CHUNK=CHUNK, BLOCK_E=block_e)
+    _launch_count(
+        (n_chunks,), ids, counts, n_pairs, n_experts, **sizes, PDL=pdl, num_warps=8, **early
+    )
+    _launch_place(
+        (n_chunks,),
+        ids,
+        counts,
+        *written,
         n_pairs,
         n_experts,
         n_tiles,
+        n_chunks,
         BLOCK_M=block_m,
-        BLOCK_PAIRS=block,
-        RUN=RUN,
-        ONE_BLOCK=n_pairs <= block,
+        **sizes,
+        OTHERS=OTHERS,
+        BLOCK_CHUNKS=BLOCK_CHUNKS,
         BLOCK_SLOTS=BLOCK_SLOTS,
         PDL=pdl,
-        num_warps=warps,
-        **({"launch_pdl": True} if pdl else {}),
+        num_warps=8,
+        **early,
     )
     return order, offs, tiles
-
-
-_launch_tiles = Launcher(_tiles_kernel)
-
-
-def tiles_of(offs: Tensor, n_rows: int, block_m: int, narrow_m: int = 0) -> Tensor:
-    """offs int32 [E], the row at which each expert ends -> tiles int32 [n_tiles, 3], as
-    list_tiles() has them.
-
-    Rows from offs[-1] on stand in tiles of their own, whose expert is E.
-    """
-    n_experts = offs.numel()
-    n_tiles = n_rows // block_m + min(n_experts, n_rows) + 1
-    tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=offs.device)
-    _launch_tiles(
-        (n_experts + 1,),
-        offs,
-        tiles,
-        n_rows,
-        n_experts,
-        n_tiles,
-        BLOCK_M=block_m,
-        NARROW=narrow_m,
-        BLOCK_E=block_of_experts(n_experts),
-        BLOCK_SLOTS=BLOCK_SLOTS,
-        num_warps=1,
-    )
-    return tiles

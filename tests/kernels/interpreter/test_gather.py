@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from w4tensor.kernels import gather
 from w4tensor.kernels.gather import gather_rows
-from w4tensor.kernels.routing import route, tiles_of
+from w4tensor.kernels.routing import route
+from w4tensor.kernels.row_tiles import tiles_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("k", [40, 2048, 5000])
-def test_rows_stand_by_expert(k, dtype):
+@pytest.mark.parametrize("few_rows", [0, 100])
+def test_rows_stand_by_expert(k, dtype, few_rows, monkeypatch):
+    # one row a program, and several
+    monkeypatch.setattr(gather, "FEW_ROWS", few_rows)
     g = torch.Generator().manual_seed(k)
     top_k, n_experts = 3, 5
     x = torch.randint(-99, 100, (7, k + 8), generator=g).to(dtype)[:, :k]
@@ -26,7 +31,9 @@ def test_rows_stand_by_expert(k, dtype):
 
 
 @pytest.mark.parametrize("n_experts", [1, 5, 40])
-def test_tiles_that_were_left_to_it_are_listed(n_experts):
+@pytest.mark.parametrize("few_rows", [0, 100])
+def test_tiles_that_were_left_to_it_are_listed(n_experts, few_rows, monkeypatch):
+    monkeypatch.setattr(gather, "FEW_ROWS", few_rows)
     top_k = 3
     ids = torch.randint(0, n_experts + 1, (30, top_k), generator=torch.manual_seed(n_experts))
     order, offs, tiles = route(ids, n_experts, block_m=8, listed=False)

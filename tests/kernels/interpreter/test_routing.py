@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w4tensor.kernels.routing import ONE_BLOCK_PAIRS, route, tiles_of
+from w4tensor.kernels import routing
+from w4tensor.kernels.routing import CHUNK, ONE_LAUNCH_PAIRS, ONE_LAUNCH_READS, route
+from w4tensor.kernels.row_tiles import tiles_of
 
 
 @st.composite
@@ -76,18 +78,62 @@ def test_tiles_of_offs_are_in_order_without_holes(case, tail, narrow_m):
     assert all((end > ends[-1]) == (expert == n_experts) for expert, _, end in listed)
 
 
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    found: list[str] = []
+
+    def watch(name):
+        launch = getattr(routing, name)
+        monkeypatch.setattr(routing, name, lambda *a, **k: found.append(name) or launch(*a, **k))
+
+    for name in ("_launch_route", "_launch_count", "_launch_place"):
+        watch(name)
+    return found
+
+
 @pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("most,launches", [(10**6, 1), (0, 2)])
 @pytest.mark.parametrize(
     "n_experts,pairs",
-    [(3, 5000), (3, ONE_BLOCK_PAIRS), (1, ONE_BLOCK_PAIRS + 200), (3, ONE_BLOCK_PAIRS + 200)],
+    # less than a chunk; whole chunks, and one pair more; more chunks than are added at a time
+    [(1, 100), (5, 2 * CHUNK), (40, 2 * CHUNK + 1), (64, 3 * CHUNK + 7), (3, 40 * CHUNK + 5)],
 )
-def test_all_pairs_in_one_block_and_more(n_experts, pairs, crowded):
-    top_k = 2
-    tokens = pairs // top_k
-    ids = torch.randint(0, n_experts + 1, (tokens, top_k), generator=torch.manual_seed(0))
+def test_one_launch_and_two(n_experts, pairs, most, launches, crowded, launched, monkeypatch):
+    monkeypatch.setattr(routing, "ONE_LAUNCH_PAIRS", most)
+    ids = torch.randint(-1, n_experts + 1, (pairs, 1), generator=torch.manual_seed(0))
     if crowded:
         ids.fill_(n_experts - 1)
-    order, offs, _ = route(ids, n_experts, block_m=64)
+    order, offs, tiles = route(ids, n_experts, block_m=64)
+    assert len(launched) == launches
     expected, ends = _sorted_pairs(ids, n_experts)
     assert offs.tolist() == ends
     assert order[: ends[-1]].tolist() == expected
+    assert _rows_of_tiles(tiles, ends, 64) == list(range(ends[-1]))
+
+
+@settings(max_examples=10)
+@given(routings())
+def test_two_launches_give_what_one_gives(case):
+    ids, n_experts, block_m = case
+    one = route(ids, n_experts, block_m)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "ONE_LAUNCH_PAIRS", 0)
+        patch.setattr(routing, "CHUNK", 16)
+        two = route(ids, n_experts, block_m)
+    rows = int(one[1][-1])
+    assert torch.equal(one[0][:rows], two[0][:rows]) and torch.equal(one[1], two[1])
+    assert torch.equal(one[2], two[2])
+
+
+@pytest.mark.parametrize(
+    "n_experts,pairs,launches",
+    [
+        *((256, ONE_LAUNCH_READS // 256, 1), (256, ONE_LAUNCH_READS // 256 + 1, 2)),
+        *((1, ONE_LAUNCH_PAIRS, 1), (1, ONE_LAUNCH_PAIRS + 1, 2)),
+    ],
+)
+def test_many_reads_take_two_launches(n_experts, pairs, launches, launched):
+    ids = torch.zeros(pairs, 1, dtype=torch.int64)
+    order, offs, _ = route(ids, n_experts, block_m=64)
+    assert len(launched) == launches
+    assert offs[0] == pairs and torch.equal(order, torch.arange(pairs, dtype=torch.int32))
