@@ -213,6 +213,13 @@ def test_a_tangent_is_refused_rather_than_lost(which):
     with forward_ad.dual_level(), pytest.raises(Unsupported, match="forward mode"):
         compiled(forward_ad.make_dual(load[which], torch.ones_like(load[which])))
 
+    def in_a_level(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    with pytest.raises(Exception, match="forward mode"):
+        torch.compile(in_a_level, backend="aot_eager")(load[which])
+
 
 def test_a_graph_refuses_what_eager_refuses():
     compiled = torch.compile(lambda *args: experts(*args) * 2, fullgraph=True, backend="aot_eager")

@@ -596,11 +596,23 @@ def test_no_tangent_is_lost(product_of, how):
 @pytest.mark.parametrize("how", DIFFERENTIATED)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_no_tangent_is_lost_in_a_compiled_function(product, how):
-    if how == "dual" and product in ("weight first", "gathered"):
-        pytest.skip("of a stack, forward_ad's tangents are None there")
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, backend="aot_eager")
     check_tangents(PRODUCTS[product], DIFFERENTIATED[how], compiled)
+
+
+@both_classes
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_function_with_a_dual_level_and_a_weight_that_is_a_tensor(fullgraph, cls):
+    torch._dynamo.reset()
+    case = Case(cls, stack=(2,))
+    x, v = exact_x(2, 256), exact_x(2, 256)
+    call = functools.partial(torch.compile, backend="aot_eager", fullgraph=fullgraph)(
+        lambda w, x, v: in_dual_level(lambda x: F.linear(x, w[1]), x, v)
+    )
+    for _ in range(2):
+        y, tangent = call(case.weight(), x, v)
+        assert torch.equal(tangent, v @ case.dense()[1].float().t())
 
 
 @pytest.mark.parametrize("how", ["jvp", "dual"])

@@ -7,9 +7,10 @@
 
 For few pairs, one launch and no communication: program e counts for itself how many pairs have a
 smaller expert (its first row) and how many have its own, then writes those. Every program reads all
-ids, which takes longer the more pairs and experts there are. Then one launch counts the experts of
-each CHUNK of pairs, and another places a chunk a program: behind all pairs of smaller experts, and
-those of the same expert in chunks before it and in its own.
+ids, which takes longer the more pairs and experts there are. Of more, one launch counts the experts
+of each CHUNK of pairs, and another places a chunk a program: behind all pairs of smaller experts,
+and those of the same expert in chunks before it and in its own. Each of those programs adds the
+counts of all chunks, which grows with the square of the pairs.
 """
 
 from __future__ import annotations

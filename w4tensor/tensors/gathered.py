@@ -173,7 +173,7 @@ def _without_a_copy(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func in _VIEWS and isinstance(args[0], _Gathered):
         stack = func(args[0].stack, *args[1:], **kwargs)
         return type(args[0])(stack, args[0].ids)
-    if func in _PRODUCTS and not is_differentiated():
+    if func in _PRODUCTS and not is_differentiated(*args, *kwargs.values()):
         a, b = bind(func, args, kwargs, ("input", "self"), ("mat2", "other", "tensor2"))
         y = _multiply(a, b)
         if y is not None:

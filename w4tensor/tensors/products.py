@@ -41,11 +41,24 @@ def _implements(functions: list[Any], operators: list[Any]):
     return keep
 
 
-def is_differentiated() -> bool:
+def is_differentiated(*operands: Any) -> bool:
     """Whether forward mode or a gradient of torch.func follows what is called, of which our
     operators know nothing: their tangents would be zero."""
     # a graph that was made without a dual level is not for calls within one
-    return _is_differentiated_now() or forward_ad._current_level >= 0
+    if _is_differentiated_now() or forward_ad._current_level >= 0:
+        return True
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return False
+    # forward_ad does not know of a level that a graph enters; below autograd there are no tangents
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView):
+        return False
+    return any(map(_has_tangent, operands))
+
+
+def _has_tangent(t: Any) -> bool:
+    if not isinstance(t, Tensor) or isinstance(t, PackedInt4):
+        return False
+    return forward_ad.unpack_dual(t, level=0).tangent is not None
 
 
 # asked when a graph is made, in which the level may change
@@ -66,7 +79,7 @@ def _as_function(handler: Callable) -> Callable:
 
     @functools.wraps(handler)
     def called(func, types, args, kwargs):
-        if is_differentiated():
+        if is_differentiated(*args, *kwargs.values()):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return handler(func, types, args, kwargs)
