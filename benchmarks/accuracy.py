@@ -36,11 +36,15 @@ M, N, K = 64, 512, 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Environment):
-    """One configuration: group 0 where nothing is rounded, act_group -1 for one scale a token."""
+    """One configuration: group 0 where nothing is rounded, act_group -1 for one scale a token.
+
+    scales: of the weight, "float" or "integer" (multiples of one unit a row).
+    """
 
     config: str
     group: int = 0
     algorithm: str = ""
+    scales: str = ""
     act_group: int = 0
     cosine_median: float
     cosine_min: float
@@ -53,13 +57,18 @@ class Row(Environment):
 
 
 def configs(group_sizes: list[int], algorithms: list[str]) -> Iterator[W4CoalescedConfig | None]:
-    """None for bf16, then W4A16 and W4A8 with every activation group for each weight."""
+    """None for bf16, then W4A16 and W4A8 with every activation group for each weight.
+
+    Integer scales follow the one configuration that takes them, symmetric and per token.
+    """
     yield None
     for group_size in group_sizes:
         for algorithm in algorithms:
             yield W4CoalescedConfig(group_size, algorithm)
             for act in ACT_GROUP_SIZES:
                 yield W4ActQuantConfig(group_size, algorithm, act_group_size=act)
+            if algorithm == "symmetric":
+                yield W4ActQuantConfig(group_size, act_group_size=-1, integer_scales=True)
 
 
 class Noise:
@@ -112,6 +121,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             act = getattr(config, "act_group_size", 0)
             what = {"config": "W4A8" if act else "W4A16", "act_group": act}
             what |= {"group": config.group_size, "algorithm": config.algorithm}
+            what["scales"] = "integer" if getattr(config, "integer_scales", False) else "float"
             small = minilm.quantized(encoder, config)
             small_llama = lm.quantized(llama, config)
         embeddings = minilm.embed(small, tokenizer, texts, "MiniLM")
@@ -143,10 +153,11 @@ def markdown(rows: list[Row]) -> str:
     ]
     for row in rows:
         act = "per token" if row.act_group == -1 else row.act_group
+        weights = row.algorithm + (", integer scales" if row.scales == "integer" else "")
         cells = (
             row.config,
             row.group or "-",
-            row.algorithm or "-",
+            weights or "-",
             act or "-",
             f"{row.cosine_median:.3f} / {row.cosine_min:.3f}",
             f"{row.neighbour_kept:.2f}",

@@ -156,7 +156,7 @@ def linear_bars(points: Iterable[Point]) -> list[Bar]:
 
 
 def act_quant_bars(points: Iterable[Point], act: str) -> list[Bar]:
-    """Dense products with int8 activations of one kind (int8g32, int8g128, int8token)."""
+    """Dense products with int8 activations of one kind: int8g32, int8token, int8integer, .."""
     sweep = Sweep(points)
     prefill = (1.0, None) if act == "int8g32" else (1 / 1.10, 1 / 1.40)
     bars = [
@@ -221,7 +221,7 @@ def moe_bars(points: Iterable[Point]) -> list[Bar]:
             where = f"{shape.name}, {tokens} tokens"
             if row.bf16_us:
                 slower.cases.append(Case(row.us / row.bf16_us, where))
-        for act in ("int8g32", "int8g128", "int8token"):
+        for act in ("int8g32", "int8g128", "int8token", "int8integer"):
             for tokens, row in sweep.block("w4tensor", act, shape).items():
                 where = f"{shape.name}, {tokens} tokens, {act}"
                 exact = sweep.beside(row, act="bf16")

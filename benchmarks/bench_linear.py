@@ -50,6 +50,7 @@ class Problem:
             dtype=act.dtype,
             zero_point=zero,
             device="cuda",
+            integer_scales=act.integer_scales,
         )
         self.x = torch.randn(max(tokens), shape.k, device="cuda", dtype=act.dtype)
         self.read_us = ceilings.read_us(self.codes.nbytes)
@@ -174,6 +175,7 @@ def _plan(problem: Problem, m: int) -> str:
         act="int8" if problem.act.int8_group else problem.act.name,
         symmetric=problem.codes.zero_point is None,
         act_group_size=problem.act.int8_group,
+        integer_scales=problem.act.integer_scales,
     )
     try:
         return dispatch.plan(asked, arch.current()).name

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 
 MODELS = ("llama-3-8b", "qwen3-30b-a3b")
-IMPLS = ("bf16", "tinygemm", "w4tensor", "w4tensor-int8")
+IMPLS = ("bf16", "tinygemm", "w4tensor", "w4tensor-int8", "w4tensor-int8-integer")
 GROUP_SIZE = 128
 DECODE_PROMPT = 32
 PREFILL_PROMPT = 2048
@@ -130,7 +130,13 @@ def quantizer(impl: str) -> Callable[[nn.Module], None]:
         return lambda module: quantize_(module, stock)
     from w4tensor import W4ActQuantConfig, W4CoalescedConfig, with_experts
 
-    config = (W4CoalescedConfig if impl == "w4tensor" else W4ActQuantConfig)(group_size=GROUP_SIZE)
+    config = {
+        "w4tensor": W4CoalescedConfig(GROUP_SIZE),
+        "w4tensor-int8": W4ActQuantConfig(GROUP_SIZE),
+        "w4tensor-int8-integer": W4ActQuantConfig(
+            GROUP_SIZE, act_group_size=-1, integer_scales=True
+        ),
+    }[impl]
     return lambda module: quantize_(module, with_experts(config), filter_fn=None)
 
 

@@ -32,6 +32,7 @@ class Problem:
         self.shape = shape
         self.act = act
         options = dict(group_size=shape.group_size, dtype=act.dtype, zero_point=zero, device="cuda")
+        options["integer_scales"] = act.integer_scales
         e, i, h = shape.experts, shape.inter, shape.hidden
         self.gate_up: Int4Codes = random_codes(e, 2 * i, h, **options)
         self.down: Int4Codes = random_codes(e, h, i, seed=1, **options)
@@ -114,7 +115,8 @@ def measure(
 
 def _plan(shape: MoeShape, tokens: int, act: peers.Act) -> str:
     sizes = shape.experts, shape.hidden, shape.inter, shape.group_size, act.int8_group
-    return plan_experts(ExpertsProblem(tokens, shape.top_k, *sizes), arch.current()).name
+    p = ExpertsProblem(tokens, shape.top_k, *sizes, integer_scales=act.integer_scales)
+    return plan_experts(p, arch.current()).name
 
 
 def say(shape: MoeShape, impl: str, act: str, message: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.peer_humming import HummingExperts
-from benchmarks.peers import Act, only
+from benchmarks.peers import OURS, Act, only
 from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor
 from w4tensor.tensors import experts
 from w4tensor.testing import Int4Codes
@@ -98,17 +98,16 @@ def dense(block: Callable[..., Tensor], gate_up: Int4Codes, down: Int4Codes, act
 
 
 def ours(block: Callable[..., Tensor], gate_up: Int4Codes, down: Int4Codes, act: Act) -> Stacked:
-    only(act, "bf16", "fp16", "int8g32", "int8g64", "int8g128", "int8token")
-    cls, fields = CudaCoalescedInt4Tensor, {}
-    if act.int8_group is not None:
-        cls, fields = Int4ActQuantTensor, {"act_group_size": act.int8_group}
-    return Stacked(
-        block,
-        *(
-            cls.from_codes(c.q, c.scale, c.zero_point, group_size=c.group_size, **fields)
-            for c in (gate_up, down)
-        ),
-    )
+    only(act, *OURS)
+
+    def stack(c: Int4Codes) -> Tensor:
+        fields = (c.q, c.scale, c.zero_point)
+        if act.int8_group is None:
+            return CudaCoalescedInt4Tensor.from_codes(*fields, group_size=c.group_size)
+        kind = dict(act_group_size=act.int8_group, multiple=c.multiple)
+        return Int4ActQuantTensor.from_codes(*fields, group_size=c.group_size, **kind)
+
+    return Stacked(block, stack(gate_up), stack(down))
 
 
 EXPERTS: dict[str, Callable[[Int4Codes, Int4Codes, Act], Stacked | HummingExperts]] = {

@@ -26,6 +26,7 @@ __all__ = [
     "Act",
     "Dense",
     "Gemlite",
+    "OURS",
     "Linear",
     "Ours",
     "Refused",
@@ -41,11 +42,13 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What activations become: x's dtype, and the int8 group (-1 per token) or None."""
+    """What activations become: x's dtype, and the int8 group (-1 per token) or None; and whether
+    the weights' scales are integers."""
 
     name: str
     dtype: torch.dtype
     int8_group: int | None = None
+    integer_scales: bool = False
 
 
 ACTS = {
@@ -57,9 +60,12 @@ ACTS = {
         Act("int8g64", torch.bfloat16, 64),
         Act("int8g128", torch.bfloat16, 128),
         Act("int8token", torch.bfloat16, -1),
+        Act("int8integer", torch.bfloat16, -1, integer_scales=True),
         Act("fp8", torch.bfloat16),
     )
 }
+# what our tensors do
+OURS = ("bf16", "fp16", "int8g32", "int8g64", "int8g128", "int8token", "int8integer")
 
 
 def reason(error: Exception) -> str:
@@ -99,13 +105,14 @@ class Ours(Linear):
     """F.linear on our tensors, as torch.nn.Linear calls it."""
 
     def __init__(self, codes: Int4Codes, act: Act):
-        only(act, "bf16", "fp16", "int8g32", "int8g64", "int8g128", "int8token")
+        only(act, *OURS)
         fields = (codes.q, codes.scale, codes.zero_point)
         if act.int8_group is None:
             self.weight = CudaCoalescedInt4Tensor.from_codes(*fields, group_size=codes.group_size)
         else:
+            kind = dict(act_group_size=act.int8_group, multiple=codes.multiple)
             self.weight = Int4ActQuantTensor.from_codes(
-                *fields, group_size=codes.group_size, act_group_size=act.int8_group
+                *fields, group_size=codes.group_size, **kind
             )
 
     def __call__(self, x: Tensor) -> Tensor:

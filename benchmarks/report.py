@@ -23,6 +23,7 @@ LINES = {
     ("w4tensor", "int8g32"): ("w4tensor W4A8, groups of 32", "#edae49", "-", 1.8),
     ("w4tensor", "int8g128"): ("w4tensor W4A8, groups of 128", "#edae49", "--", 1.4),
     ("w4tensor", "int8token"): ("w4tensor W4A8, per token", "#edae49", ":", 1.8),
+    ("w4tensor", "int8integer"): ("w4tensor W4A8, integer scales", "#8f2d56", "-", 1.8),
     ("w4tensor-grouped", "bf16"): ("w4tensor by torch._grouped_mm", "#d1495b", ":", 1.4),
     ("bf16", "bf16"): ("bf16", "#222222", "-", 1.4),
     ("tinygemm", "bf16"): ("torchao tinygemm", "#00798c", "-", 1.2),
@@ -133,7 +134,7 @@ def render(results: Path = rows.RESULTS) -> str:
     model = rows.load(results / "model.csv", rows.Figure)
     parts = ["# Bars and times", "Made by `make bench-report` from the rows beside this file."]
     parts += ["## Bars", bars.table("Linear, 16-bit activations", bars.linear_bars(linear))]
-    for act in ("int8g32", "int8g128", "int8token"):
+    for act in ("int8g32", "int8g128", "int8token", "int8integer"):
         parts.append(bars.table(f"Linear, {act} activations", bars.act_quant_bars(linear, act)))
     parts.append(bars.table("Experts", bars.moe_bars(moe)))
     parts.append(bars.table("Models", bars.model_bars(model)))

@@ -39,7 +39,8 @@ class Point(Environment):
 
     Fields:
         impl: ours, bf16, or a peer; see peers.py and experts.py.
-        act: what the activations are: bf16, fp16, int8g32 (int8 in groups of 32), int8token, fp8.
+        act: what the activations are: bf16, fp16, int8g32 (int8 in groups of 32), int8token,
+            int8integer (per token, with integer scales), fp8.
         group, zero: the weight's group size, and symmetric, integer or fractional zero points.
         E, top_k: 0 for a Linear. For experts N is 2 x inter and K is hidden.
         routing: uniform or zipf1.2, of experts.

@@ -17,6 +17,7 @@ OURS = {
     "W4A8 g32": ("w4tensor", "int8g32"),
     "W4A8 g128": ("w4tensor", "int8g128"),
     "W4A8 token": ("w4tensor", "int8token"),
+    "W4A8 integer": ("w4tensor", "int8integer"),
 }
 LINEAR = OURS | {
     "tinygemm": ("tinygemm", "bf16"),

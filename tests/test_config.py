@@ -15,9 +15,10 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import w4tensor
 from tests.weights import CLASSES, DTYPES
-from w4tensor import W4ActQuantConfig, W4CoalescedConfig, with_experts
+from w4tensor import Int4ActQuantTensor, W4ActQuantConfig, W4CoalescedConfig, with_experts
 from w4tensor.config import MIN_OUT_FEATURES
 from w4tensor.errors import Unsupported
+from w4tensor.layout import check_multiple_values
 
 CONFIGS = dict(zip((W4CoalescedConfig, W4ActQuantConfig), CLASSES, strict=True))
 both_configs = pytest.mark.parametrize(
@@ -464,3 +465,88 @@ def test_a_dict_becomes_a_config_once_torchao_may_look_here(config, cls, monkeyp
         ao_config, "ALLOWED_AO_MODULES", ao_config.ALLOWED_AO_MODULES | {"w4tensor"}
     )
     assert config_from_dict(config_to_dict(made)) == made
+
+
+# integer scales
+
+INTEGER = dict(act_group_size=-1, integer_scales=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(act_group_size=size) for size in (32, 64, 128)]
+    + [dict(algorithm=algorithm) for algorithm in ("hqq", "min_max")],
+    ids=str,
+)
+def test_integer_scales_that_could_never_work_raise_at_once(changes):
+    with pytest.raises(Unsupported, match="integer_scales with act_group_size=.* and algorithm="):
+        W4ActQuantConfig(**(INTEGER | changes))
+    assert not W4ActQuantConfig(**(INTEGER | changes | {"integer_scales": False})).integer_scales
+    with pytest.raises(Unsupported, match="integer_scales"):
+        W4ActQuantConfig(integer_scales=True)
+    with pytest.raises(TypeError):
+        W4CoalescedConfig(integer_scales=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_a_linear_becomes_int4_with_integer_scales(dtype, group_size):
+    linear = nn.Linear(256, 64).to(dtype)
+    plain = copy.deepcopy(linear)
+    quantize_(nn.Sequential(linear), W4ActQuantConfig(group_size, **INTEGER))
+    w = linear.weight
+    assert isinstance(w, Int4ActQuantTensor) and w.act_group_size == -1
+    check_multiple_values(w.multiple, w.scale)
+    expected = Int4ActQuantTensor.from_hp(plain.weight, group_size, integer_scales=True)
+    assert torch.equal(w.qdata, expected.qdata) and torch.equal(w.multiple, expected.multiple)
+    x = torch.randn(5, 256).to(dtype)
+    noise = (linear(x).double() - plain(x).double()).norm() / plain(x).double().norm()
+    assert noise < 0.2
+
+
+def test_without_integer_scales_there_are_no_multiples():
+    for made in (W4ActQuantConfig(), W4ActQuantConfig(act_group_size=-1)):
+        model = nn.Sequential(nn.Linear(128, 64))
+        quantize_(model, made)
+        assert model[0].weight.multiple is None
+
+
+def test_experts_get_integer_scales():
+    model = nn.ModuleDict({"layer": Layer(), "experts": Holder()})
+    dense = model["experts"].down_proj.detach().clone()
+    config = with_experts(W4ActQuantConfig(64, **INTEGER))
+    quantize_(model, config, filter_fn=None)
+    int4 = {name: p for name, p in model.named_parameters() if isinstance(p, Int4ActQuantTensor)}
+    assert set(int4) == {
+        "layer.attention.weight",
+        "layer.experts.gate_up_proj",
+        "experts.down_proj",
+    }
+    for w in int4.values():
+        check_multiple_values(w.multiple, w.scale)
+    # transposed ones too, along K
+    w = model["experts"].down_proj
+    expected = Int4ActQuantTensor.from_hp(dense.mT.contiguous(), 64, integer_scales=True)
+    assert w.transposed and torch.equal(w.multiple, expected.multiple)
+
+
+def test_integer_scales_on_meta():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 64))
+    quantize_(model, W4ActQuantConfig(**INTEGER))
+    assert model[0].weight.multiple.device.type == "meta"
+
+
+def test_a_config_with_integer_scales_survives_json(monkeypatch):
+    from torchao.core import config as ao_config
+
+    monkeypatch.setattr(
+        ao_config, "ALLOWED_AO_MODULES", ao_config.ALLOWED_AO_MODULES | {"w4tensor"}
+    )
+    made = W4ActQuantConfig(**INTEGER)
+    assert config_from_dict(config_to_dict(made)) == made
+    assert made != W4ActQuantConfig(act_group_size=-1)
+    # one that was written before there were any
+    data = config_to_dict(W4ActQuantConfig(act_group_size=-1))
+    del data["_data"]["integer_scales"]
+    assert config_from_dict(data) == W4ActQuantConfig(act_group_size=-1)

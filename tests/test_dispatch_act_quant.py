@@ -24,19 +24,38 @@ from w4tensor.dispatch_act_quant import (
     ActQuantDp4aPlan,
     ActQuantGemmPlan,
     ActQuantHopperPlan,
+    ActQuantIntegerPlan,
     ActQuantRoundedPlan,
     plan_act_quant,
 )
 from w4tensor.dispatch_gemv import GemvPlan, serves_gemv
-from w4tensor.dispatch_hopper import hopper_us, plan_hopper, serves
+from w4tensor.dispatch_hopper import (
+    MIN_STEPS,
+    SHARED_BYTES,
+    WORKSPACE_BYTES,
+    hopper_us,
+    is_placed_evenly,
+    plan_hopper,
+    serves,
+)
 from w4tensor.dispatch_int8 import (
     TILES,
     Int8Plan,
     int8_us,
     is_fine,
     plan_int8,
+    quantizing_overlaps,
     serves_int8,
 )
+from w4tensor.dispatch_integer import (
+    FEW_M,
+    candidates,
+    integer_us,
+    plan_integer,
+    predicted_us,
+    serves_integer,
+)
+from w4tensor.dispatch_integer import TILES as INTEGER_TILES
 from w4tensor.testing import DENSE_SHAPES
 
 ARCHS = [
@@ -294,3 +313,111 @@ def test_plans_are_hashable_and_named():
         p = Problem(m=m, n=4096, k=4096, group_size=128, act="int8", act_group_size=32)
         plan = plan_act_quant(p, arch)
         assert hash(plan) == hash(plan_act_quant(p, arch)) and plan.name
+
+
+# integer scales
+
+INTEGER = Problem(m=64, n=4096, k=4096, group_size=128, act="int8", act_group_size=-1)
+INTEGER = replace(INTEGER, integer_scales=True)
+
+
+@st.composite
+def integer_problems(draw) -> Problem:
+    p = draw(problems())
+    return replace(p, symmetric=True, act_group_size=-1, integer_scales=True)
+
+
+@given(integer_problems(), st.sampled_from(ARCHS))
+def test_a_plan_for_integer_scales_fits_its_kernel(p, arch):
+    plan = plan_act_quant(p, arch)
+    known = p.group_size >= 32 or p.group_size == p.k
+    served = arch.capability[0] == 9 and p.batch == 1 and p.m > FEW_M and known
+    assert serves_integer(p, arch) == served
+    if not isinstance(plan, ActQuantIntegerPlan):
+        # where it does not serve, or would be slower, multiples change nothing
+        assert plan == plan_act_quant(replace(p, integer_scales=False), arch)
+        return
+    assert served
+    gemm = plan.gemm
+    assert gemm == plan_integer(p, arch)
+    assert plan.overlap == quantizing_overlaps(p, is_placed_evenly(p, gemm, arch, x_bytes=1))
+
+
+@given(integer_problems())
+def test_candidates_for_integer_scales_obey_their_limits(p):
+    p = replace(p, m=max(p.m, FEW_M + 1), batch=1)
+    steps = -(-p.k // 128)
+    choices = list(candidates(p, H200.num_sms))
+    assert choices
+    for tile, split_k, programs, even in choices:
+        assert tile in INTEGER_TILES
+        # no more than half of a tile is empty, and no tile is far too small
+        assert tile.block_m < 2 * p.m and 8 * tile.block_m >= min(p.m, 1024)
+        tiles = -(-p.n // tile.block_n) * -(-p.m // tile.block_m)
+        assert split_k == 1 or steps >= MIN_STEPS * split_k
+        sums = tiles * (split_k - 1) * tile.block_m * tile.block_n * 4
+        assert sums <= WORKSPACE_BYTES
+        if programs:
+            # each has a tile, whose ends have as many steps as the ring has stages; 32-bit counts
+            assert split_k == 1 and tile.shares and programs < tiles
+            assert steps >= 3 * tile.num_stages
+            assert (tiles % programs + programs) * programs * steps < 1 << 31
+        assert programs or not even
+        us = predicted_us(p, H200.num_sms, tile, split_k, programs, even)
+        assert 0 < integer_us(p, H200) <= us < float("inf")
+
+
+def test_tiles_for_integer_scales_fit_a_multiprocessor():
+    for tile in INTEGER_TILES:
+        # int8 x and packed weights in the ring, and y in 16 bits beside them where tiles are shared
+        ring = tile.num_stages * 128 * (tile.block_m + tile.block_n // 2)
+        y = 2 * tile.block_m * tile.block_n if tile.shares else 0
+        assert tile.resident * (ring + y) <= SHARED_BYTES
+        # sums in the registers of a program's threads
+        assert tile.block_m * tile.block_n // (32 * tile.num_warps) <= 128 * (2 if y else 1)
+
+
+@pytest.mark.parametrize("groups", [32, 128, 256, 4096])
+@pytest.mark.parametrize("m", [1, 2, 16, FEW_M, FEW_M + 1, 64, 512, 4096])
+def test_from_a_few_tokens_on_sums_are_in_int32(m, groups):
+    p = replace(INTEGER, m=m, n=28672, group_size=groups)
+    chosen = plan(p, H200)
+    assert isinstance(chosen, ActQuantIntegerPlan) == (m > FEW_M)
+    assert chosen == plan_act_quant(p, H200) and hash(chosen) == hash(plan_act_quant(p, H200))
+    if m > FEW_M:
+        assert chosen.name == f"int8 {chosen.gemm.name}"
+
+
+@pytest.mark.parametrize("m", [FEW_M + 1, 64, 512, 4096])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 14336), (8192, 8192), (2048, 4096)])
+def test_multiples_are_read_where_that_is_faster(m, shape):
+    # without them, x is rounded for scales finer than 128 k
+    for group_size, other_us in ((128, int8_us), (32, hopper_us)):
+        p = replace(INTEGER, m=m, n=shape[0], k=shape[1], group_size=group_size)
+        faster = integer_us(p, H200) <= other_us(p, H200)
+        assert isinstance(plan_act_quant(p, H200), ActQuantIntegerPlan) == faster
+        assert faster or m <= 64
+
+
+@pytest.mark.parametrize("m", [1, FEW_M, FEW_M + 1, 64, 512, 4096])
+def test_only_hopper_and_known_groups_of_one_weight_are_summed_in_int32(m):
+    for p, arch in (
+        (replace(INTEGER, m=m, integer_scales=False), H200),
+        (replace(INTEGER, m=m, batch=2), H200),
+        (replace(INTEGER, m=m, group_size=16), H200),
+        (replace(INTEGER, m=m), A100),
+        (replace(INTEGER, m=m), Arch(capability=(10, 0), num_sms=148, triton=(3, 6))),
+    ):
+        assert not serves_integer(p, arch)
+        assert not isinstance(plan_act_quant(p, arch), ActQuantIntegerPlan)
+        assert not isinstance(plan(p, arch), ActQuantIntegerPlan)
+
+
+def test_every_tile_for_integer_scales_is_the_best_somewhere():
+    seen = set()
+    for shape in DENSE_SHAPES:
+        sizes = dict(n=shape.n, k=shape.k, group_size=128 if shape.k % 128 == 0 else shape.k)
+        for m in (33, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096):
+            gemm = plan_integer(replace(INTEGER, m=m, **sizes), H200)
+            seen.add((gemm.block_m, gemm.block_n, gemm.num_warps))
+    assert seen == {(tile.block_m, tile.block_n, tile.num_warps) for tile in INTEGER_TILES}

@@ -24,6 +24,7 @@ ALLOWED = {
         "dispatch_gemv",
         "dispatch_hopper",
         "dispatch_int8",
+        "dispatch_integer",
         "errors",
     },
     "dispatch_experts": {
@@ -37,6 +38,7 @@ ALLOWED = {
     "dispatch_gemv": {"dispatch"},
     "dispatch_hopper": {"dispatch"},
     "dispatch_int8": {"dispatch", "dispatch_hopper"},
+    "dispatch_integer": {"dispatch", "dispatch_hopper"},
     "tables": set(),
     "quantize": {"layout", "errors"},
     "convert": {"layout", "errors"},
@@ -76,7 +78,7 @@ ALLOWED = {
     "config": {"hf_experts", "tensors", "checks", "quantize", "layout", "errors"},
     "summary": {"config", "hf_experts", "tensors", "arch", "dispatch"},
     "hf": {"config", "hf_experts", "tensors", "summary", "errors"},
-    "testing": {"reference", "layout"},
+    "testing": {"quantize", "reference", "layout"},
     "__init__": {"config", "errors", "summary", "tensors"},
 }
 # what a part may not import from outside
@@ -87,6 +89,7 @@ BANNED = {
     "dispatch_gemv": {"torch", "triton"},
     "dispatch_hopper": {"torch", "triton"},
     "dispatch_int8": {"torch", "triton"},
+    "dispatch_integer": {"torch", "triton"},
     "plans_experts": {"torch", "triton"},
     "errors": {"torch", "triton"},
     "alike": {"triton"},

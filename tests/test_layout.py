@@ -17,6 +17,8 @@ from w4tensor.layout import (
     LAYOUT_VERSION,
     check_contract,
     check_group_size,
+    check_multiple,
+    check_multiple_values,
     check_values,
     padded_k,
 )
@@ -271,3 +273,81 @@ def test_values_on_meta_are_not_read():
     q = random_q(2, 16)
     check_values(q.to("meta"), torch.ones(2, 1, device="meta"), None)
     check_values(q, torch.ones(2, 1, device="meta"), torch.ones(2, 1, device="meta"))
+
+
+# integer scales
+
+
+def test_multiples_that_are_legal_pass():
+    for shape in ((4, 3), (2, 4, 1)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            scale = torch.ones(shape, dtype=dtype)
+            check_multiple(torch.ones(shape, dtype=torch.int8), scale, None, -1)
+
+
+MULTIPLE = torch.ones(2, 4, 3, dtype=torch.int8)
+WRONG_MULTIPLES = {
+    "multiple.dtype": [{"multiple": MULTIPLE.to(d)} for d in (torch.uint8, torch.int16, torch.bool)]
+    + [{"multiple": MULTIPLE.to(torch.bfloat16)}],
+    "multiple.shape": [
+        {"multiple": m} for m in (MULTIPLE.mT, MULTIPLE[0], MULTIPLE[..., :2], MULTIPLE[..., :1])
+    ],
+    "multiple.device": [{"multiple": MULTIPLE.to("meta")}],
+    "multiple": [{"zero_point": torch.full((2, 4, 3), 8.0)}]
+    + [{"act_group_size": size} for size in (32, 64, 128, None)],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [(field, changes) for field, every in WRONG_MULTIPLES.items() for changes in every],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_multiples_that_are_not_of_the_scale_are_refused(field, changes):
+    good = {
+        "multiple": MULTIPLE,
+        "scale": torch.ones(2, 4, 3),
+        "zero_point": None,
+        "act_group_size": -1,
+    }
+    with pytest.raises(PackingError) as caught:
+        check_multiple(**(good | changes))
+    assert caught.value.field == field
+    assert str(caught.value.found) in str(caught.value)
+    assert str(caught.value.expected) in str(caught.value)
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 6))
+def test_any_unit_of_a_row_is_legal_and_another_in_one_group_is_not(data, n, n_groups):
+    multiples = st.integers(-15, 15).filter(bool)
+    row = st.lists(multiples, min_size=n_groups, max_size=n_groups)
+    multiple = torch.tensor(data.draw(st.lists(row, min_size=n, max_size=n)), dtype=torch.int8)
+    unit = torch.tensor([[data.draw(st.integers(1, 1 << 20))] for _ in range(n)])
+    scale = (unit * multiple).float() / 1024
+    check_multiple_values(multiple, scale)
+    check_multiple_values(multiple[:0], scale[:0])
+    at = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n_groups - 1))
+    for wrong in (0, 16, -16, 127, -128):
+        changed = multiple.clone()
+        changed[at] = wrong
+        with pytest.raises(PackingError, match="multiple is .*1..15"):
+            check_multiple_values(changed, scale)
+    if n_groups > 1:
+        for factor in (-1, 2, 1 + 2**-20):
+            changed = scale.clone()
+            changed[at] *= factor
+            with pytest.raises(PackingError, match="scale is not its multiples"):
+                check_multiple_values(multiple, changed)
+
+
+@given(st.integers(-15, 15).filter(bool), st.floats(2**-20, 2**20, width=32))
+def test_a_unit_need_not_be_a_number_that_a_float_has(multiple, scale):
+    scales = torch.tensor([[scale, 2 * scale, -scale]])
+    multiples = torch.tensor([[multiple, 2 * multiple, -multiple]], dtype=torch.int8)
+    used = 3 if abs(multiple) <= 7 else 1
+    check_multiple_values(multiples[:, :used], scales[:, :used])
+
+
+def test_multiples_on_meta_are_not_read():
+    meta = torch.zeros(2, 3, dtype=torch.int8, device="meta")
+    check_multiple_values(meta, torch.ones(2, 3, device="meta"))

@@ -280,3 +280,68 @@ def test_quantize_activation_is_the_reference():
         ops.quantize_activation(x, 32), reference.quantize_activation(x, 32), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+# integer scales
+
+INTEGER = Case(Int4ActQuantTensor)
+
+
+@given(cases(cls=Int4ActQuantTensor, stacked=False), st.sampled_from(DTYPES), st.integers(0, 5))
+def test_multiples_change_no_bit_of_a_linear(case, dtype, m):
+    case = case.with_(zero="symmetric")
+    x = torch.randn(m, case.k, generator=torch.Generator().manual_seed(case.seed)).to(dtype)
+    args = packed(case, -1) | {"bias": torch.randn(case.n).to(dtype)}
+    y = ops.linear(x, **args, multiple=case.multiple())
+    assert torch.equal(y, ops.linear(x, **args))
+    assert torch.equal(y, ops.linear(x, **args, multiple=None))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_linear_with_multiples_passes_opcheck(rank):
+    args = packed(INTEGER.with_(n=12, k=192), -1) | {"bias": _grad(torch.randn(12))}
+    args["multiple"] = INTEGER.with_(n=12, k=192).multiple()
+    x = _grad(torch.randn(*(2, 3, 192)[-rank:]))
+    tests = "ALL" if rank == 2 else QUICK
+    torch.library.opcheck(ops.linear.default, (x,), args, test_utils=tests)
+
+
+def test_the_gradient_of_x_and_bias_with_multiples():
+    args = packed(INTEGER, -1)
+    grads = []
+    for multiple in (INTEGER.multiple(), None):
+        x, bias = _grad(exact_x(2, 3, 256)), _grad(torch.ones(24))
+        y = ops.linear(x, bias=bias, **args, multiple=multiple)
+        grads.append(torch.autograd.grad(y, (x, bias), exact_x(*y.shape)))
+    for got, expected in zip(*grads, strict=True):
+        assert torch.equal(got, expected)
+    assert torch.allclose(grads[0][0].double(), exact_x(2, 3, 24).double() @ INTEGER.dense())
+
+
+@modes
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("multiple.dtype", {"multiple": INTEGER.multiple().to(torch.uint8)}),
+        ("multiple.dtype", {"multiple": INTEGER.multiple().float()}),
+        ("multiple.shape", {"multiple": INTEGER.multiple().mT}),
+        ("multiple.shape", {"multiple": INTEGER.multiple()[:, :2]}),
+        ("multiple", {"zero_point": torch.full((24, 4), 8.0)}),
+        ("multiple", {"act_group_size": 32}),
+        ("multiple", packed(INTEGER.with_(cls=CLASSES[0]))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_multiples_that_are_not_of_the_weight_are_refused(mode, field, changes):
+    good = packed(INTEGER, -1) | {"bias": None, "multiple": INTEGER.multiple()}
+    _run(ops.linear, mode, torch.randn(3, 256), **good)
+    with pytest.raises(PackingError) as caught:
+        _run(ops.linear, mode, torch.randn(3, 256), **(good | changes))
+    assert caught.value.field == field
+
+
+def test_multiples_on_another_device_are_refused():
+    good = packed(INTEGER, -1) | {"bias": None}
+    with pytest.raises(PackingError) as caught:
+        ops.linear(torch.randn(3, 256), **good, multiple=INTEGER.multiple().to("meta"))
+    assert caught.value.field == "multiple.device"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.weights import DTYPES, all_dtypes
 from w4tensor import quantize
 from w4tensor.errors import Unsupported
-from w4tensor.quantize import ALGORITHMS, quantize_weight
+from w4tensor.layout import check_multiple_values
+from w4tensor.quantize import ALGORITHMS, quantize_weight, quantize_weight_by_multiples
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -178,3 +179,154 @@ def test_unknown_algorithms_and_groups_are_refused():
         quantize_weight(w, 32, "best")
     with pytest.raises(Unsupported, match="K=96.*group_size=64.*group_size=32"):
         quantize_weight(w, 64)
+
+
+# integer scales
+
+
+def sparse_gaussian(rng: int, *shape: int, group: int) -> torch.Tensor:
+    """Groups of any size, some of them of zeros, as are some rows."""
+    w = gaussian(*shape, seed=rng).unflatten(-1, (-1, group))
+    generator = torch.Generator().manual_seed(rng + 1)
+    w *= torch.rand(*w.shape[:-1], 1, generator=generator).square()
+    w *= torch.rand(*w.shape[:-1], 1, generator=generator) > 0.2
+    w *= torch.rand(*w.shape[:-2], 1, 1, generator=generator) > 0.2
+    return w.flatten(-2)
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([32, 128, -1]),
+    st.integers(1, 5),
+    st.integers(0, 2),
+    st.integers(-30, 12),
+    st.floats(-2.0, 2.0),
+    st.integers(0, 99),
+)
+def test_scales_are_multiples_of_one_unit_a_row(dtype, group, n, e, exponent, shift, seed):
+    """Down to numbers that fp16 hardly has."""
+    k = 100 if group == -1 else 4 * group
+    g = k if group == -1 else group
+    w = sparse_gaussian(seed, *[e] * (e > 0), n, k, group=g)
+    w = ((w + shift * (w != 0)) * 2.0**exponent).to(dtype)
+    q, scale, multiple = quantize_weight_by_multiples(w, group)
+    assert q.dtype == torch.uint8 and q.shape == w.shape and int(q.max()) <= 15
+    assert scale.dtype == dtype and multiple.dtype == torch.int8
+    assert scale.shape == multiple.shape == (*w.shape[:-1], k // g)
+    # one unit a row, of so few bits that scales are the same in every dtype that has their range
+    check_multiple_values(multiple, scale)
+    unit = scale.double() / multiple
+    assert bool((unit > 0).all()) and torch.equal(unit, unit[..., :1].expand_as(unit))
+    assert torch.equal(scale.float().bfloat16().double(), scale.double())
+    # a code's weight is as near as codes come, or beyond the last of them
+    off, q = steps_off(w, q, scale, None)
+    inside = (q > 0) & (q < 15)
+    assert bool((off[inside] <= 0.5 + 1e-4).all())
+    # a scale is no further than a unit from the group's own, where it has one of that size
+    groups = w.double().unflatten(-1, (-1, g))
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    own = (extreme.abs() / 8).maximum(unit)
+    assert bool(((scale.double().abs() - own).abs() < unit * (1 + 1e-6)).all())
+    # and makes the group's extreme negative, for which there is a code more
+    assert bool((extreme * scale <= 0).all())
+
+
+@given(st.sampled_from(["bf16", "fp32"]), st.integers(-100, 100), st.integers(0, 99))
+def test_a_weight_times_a_power_of_two_has_the_same_codes_and_multiples(name, exponent, seed):
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    w = gaussian(5, 256, dtype=dtype, seed=seed)
+    w[:, ::7] *= 3
+    q, scale, multiple = quantize_weight_by_multiples(w, 32)
+    moved = quantize_weight_by_multiples(torch.ldexp(w, torch.tensor(exponent)).to(dtype), 32)
+    assert torch.equal(moved[0], q) and torch.equal(moved[2], multiple)
+    assert torch.equal(moved[1].double(), scale.double() * 2.0**exponent)
+
+
+@all_dtypes
+@pytest.mark.parametrize("group", [32, 128, -1])
+def test_integer_scales_lose_nothing_on_gaussians(group, dtype):
+    """0.97 to 0.99 of the error of "symmetric": of two scales the better one is taken."""
+    w = gaussian(256, 2048 if group > 0 else 128, dtype=dtype)
+    assert error_by_multiples(w, group) < 1.0
+
+
+@all_dtypes
+def test_integer_scales_lose_little_where_groups_differ(dtype):
+    """1.04 with many outliers, which make units coarse; a group that is small in its row loses."""
+    for w in (gaussian(256, 2048) ** 3, sparse_gaussian(0, 256, 2048, group=32)):
+        assert error_by_multiples(w.to(dtype), 32) < 1.06
+
+
+def error_by_multiples(w: torch.Tensor, group: int) -> float:
+    """Of all weights, in the Frobenius norm, over that of "symmetric"."""
+    errors = []
+    for q, scale, _ in (quantize_weight_by_multiples(w, group), quantize_weight(w, group)):
+        off, _ = steps_off(w, q, scale, None)
+        errors.append(float((off * scale.double()[..., None]).norm()))
+    return errors[0] / errors[1]
+
+
+def test_a_grid_of_integer_scales_is_kept():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(1, 4)
+    multiple = torch.tensor([[15, -3, 8, 1]], dtype=torch.int8)
+    w = (codes.float() - 8) * multiple.repeat_interleave(16, 1) / 4
+    q, scale, found = quantize_weight_by_multiples(w, 16)
+    assert torch.equal(q, codes) and torch.equal(found, multiple)
+    assert torch.equal(scale, multiple / 4)
+
+
+@all_dtypes
+def test_rows_and_groups_of_zeros_have_legal_multiples(dtype):
+    w = torch.zeros(3, 128, dtype=dtype)
+    w[1, :32], w[2, 64:96] = 1, -3
+    q, scale, multiple = quantize_weight_by_multiples(w, 32)
+    check_multiple_values(multiple, scale)
+    dense = (q.double().unflatten(-1, (4, 32)) - 8) * scale.double()[..., None]
+    assert not dense.flatten(-2)[w == 0].any() and bool((q[w == 0] == 8).all())
+    assert float((dense.flatten(-2) - w.double()).abs().max()) < 0.05
+
+
+def test_the_least_weights_of_fp16_keep_their_multiples():
+    """They are few times the least number that there is, 2**-24."""
+    w = (gaussian(64, 256) * 2.0**-20).half()
+    q, scale, multiple = quantize_weight_by_multiples(w, 32)
+    check_multiple_values(multiple, scale)
+    off, _ = steps_off(w, q, scale, None)
+    assert float(scale.abs().min()) == 2.0**-21 and float(off.max()) < 1
+
+
+def test_multiples_of_rows_in_chunks_stacks_views_and_parameters(monkeypatch):
+    w = gaussian(3, 5, 128)
+    whole = quantize_weight_by_multiples(w, 32)
+    views = [w, torch.nn.Parameter(w), w.mT.contiguous().mT]
+    monkeypatch.setattr(quantize, "CHUNK_ELEMENTS", 300)
+    for view in views:
+        for a, b in zip(quantize_weight_by_multiples(view, 32), whole, strict=True):
+            assert torch.equal(a, b) and not a.requires_grad
+    for e in range(3):
+        for a, b in zip(quantize_weight_by_multiples(w[e], 32), whole, strict=True):
+            assert torch.equal(a, b[e])
+
+
+def test_meta_weights_have_meta_multiples():
+    w = torch.empty(3, 5, 128, dtype=torch.bfloat16, device="meta")
+    real = quantize_weight_by_multiples(gaussian(3, 5, 128, dtype=torch.bfloat16), 32)
+    for a, b in zip(quantize_weight_by_multiples(w, 32), real, strict=True):
+        assert a.device.type == "meta" and a.shape == b.shape and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@all_dtypes
+def test_no_multiples_of_what_is_not_finite(dtype, bad):
+    w = gaussian(4, 64, dtype=dtype)
+    w[2, 33] = bad
+    with pytest.raises(Unsupported, match="Inf or NaN"):
+        quantize_weight_by_multiples(w, 32)
+
+
+def test_no_multiples_of_what_is_no_weight():
+    for weight in (torch.ones(128), torch.ones(4, 128, dtype=torch.float64), torch.ones(4, 0)):
+        with pytest.raises(Unsupported):
+            quantize_weight_by_multiples(weight, -1)
+    with pytest.raises(Unsupported, match="K=96.*group_size=64"):
+        quantize_weight_by_multiples(gaussian(4, 96), 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -83,7 +85,10 @@ def test_without_a_device_the_reference_path_serves():
     assert "reference path" in summary.device
 
 
-@pytest.mark.parametrize("config", [W4CoalescedConfig, W4ActQuantConfig])
+INTEGER = partial(W4ActQuantConfig, act_group_size=-1, integer_scales=True)
+
+
+@pytest.mark.parametrize("config", [W4CoalescedConfig, W4ActQuantConfig, INTEGER])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_with_a_device_each_token_count_names_its_kernel(config, dtype, monkeypatch):
     monkeypatch.setattr(arch, "current", lambda index=None: H200)
@@ -110,6 +115,19 @@ def test_says_where_int8_activations_do_not_pay(monkeypatch):
 
     assert note(W4ActQuantConfig()) == "W4A16 would be faster at M=16, M=256, M=4096"
     assert note(W4ActQuantConfig(act_group_size=-1)) == note(W4CoalescedConfig()) == ""
+    assert note(INTEGER()) == ""
+
+
+def test_integer_scales_have_kernels_of_their_own(monkeypatch):
+    monkeypatch.setattr(arch, "current", lambda index=None: H200)
+    model = nn.Sequential(nn.Linear(4096, 28672, dtype=torch.bfloat16))
+    quantize_(model, INTEGER())
+    (row,) = w4tensor.summary(model).rows
+    few, many = row.kernels[:2], row.kernels[2:]
+    assert all(name.startswith("int8 gemm ") for name in many), many
+    assert not any(name.startswith("int8 gemm ") for name in few), few
+    # a byte for each scale
+    assert row.bytes_after == model[0].weight.qdata.nbytes + 28672 * 32 * (2 + 1)
 
 
 def test_the_problem_is_that_of_the_weight():

@@ -61,6 +61,14 @@ class Case:
         q, scale, zero = self.codes()
         return self.cls.from_codes(q, scale, zero, group_size=self.group_size, **fields)
 
+    def multiple(self) -> Tensor:
+        """Scales of symmetric codes() as multiples of 2**-3, int8."""
+        return self.codes()[1].double().mul(8).to(torch.int8)
+
+    def integer_weight(self) -> Int4ActQuantTensor:
+        """weight(act_group_size=-1), and its integer scales."""
+        return self.weight(act_group_size=-1, multiple=self.multiple())
+
     def dense(self) -> Tensor:
         """fp64 [*stack, n, k], from the codes and the formula alone."""
         q, scale, zero = self.codes()

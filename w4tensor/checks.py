@@ -7,7 +7,7 @@ from torch import Tensor
 
 from w4tensor import reference
 from w4tensor.errors import PackingError, Unsupported
-from w4tensor.layout import ACT_QUANT, COALESCED, Layout, check_contract
+from w4tensor.layout import ACT_QUANT, COALESCED, Layout, check_contract, check_multiple
 
 __all__ = [
     "ACT_GROUP_SIZES",
@@ -23,8 +23,8 @@ __all__ = [
 
 ACT_GROUP_SIZES = (32, 64, 128, -1)
 # stacked weights, in the order of moe.Stack:
-# qdata, scale, zero_point, group_size, bias, act_group_size
-Stack = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None, int | None]
+# qdata, scale, zero_point, group_size, bias, act_group_size, multiple
+Stack = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None, int | None, Tensor | None]
 
 
 def check_act_group_size(act_group_size: int) -> int:
@@ -57,12 +57,15 @@ def check_operands(
     group_size: int,
     act_group_size: int | None,
     layout_version: int,
+    multiple: Tensor | None = None,
 ) -> Layout:
     """The format that qdata is in. Raises PackingError and Unsupported."""
     layout = COALESCED if act_group_size is None else ACT_QUANT
     check_contract(layout, qdata, scale, zero_point, group_size, layout_version)
     if act_group_size is not None:
         check_act_group_size(act_group_size)
+    if multiple is not None:
+        check_multiple(multiple, scale, zero_point, act_group_size)
     if not x.is_floating_point() or x.element_size() not in (2, 4):
         raise Unsupported(f"x has dtype {x.dtype}; give bfloat16, float16 or float32")
     k = scale.shape[-1] * group_size
@@ -154,7 +157,7 @@ def check_experts(
             "as ids has"
         )
     biases = (("gate_up_bias", gate_up), ("down_bias", down))
-    for name, (qdata, _, _, _, bias, _) in biases:
+    for name, (qdata, _, _, _, bias, *_) in biases:
         if bias is not None and bias.shape != qdata.shape[:2]:
             raise Unsupported(
                 f"{name} has shape {tuple(bias.shape)}, expected {tuple(qdata.shape[:2])}"

@@ -84,6 +84,9 @@ class W4ActQuantConfig(W4CoalescedConfig):
     Args:
         group_size, algorithm, version: as W4CoalescedConfig.
         act_group_size: activations a scale along K: 32, 64, 128, or -1 for one a token.
+        integer_scales: make a row's scales multiples of one number (quantize.py), with which
+            products of many tokens are faster than with bf16 weights: benchmarks/README.md. Only
+            with act_group_size=-1 and algorithm="symmetric".
 
     Raises:
         Unsupported: a value that could never work.
@@ -94,14 +97,25 @@ class W4ActQuantConfig(W4CoalescedConfig):
     """
 
     act_group_size: int = 32
+    integer_scales: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_act_group_size(self.act_group_size)
+        if self.integer_scales and (self.act_group_size != -1 or self.algorithm != "symmetric"):
+            raise Unsupported(
+                f"integer_scales with act_group_size={self.act_group_size} and algorithm="
+                f"{self.algorithm!r}: they serve activations with one scale a token "
+                "(act_group_size=-1) and symmetric weights"
+            )
 
     def _quantize(self, weight: torch.Tensor) -> torch.Tensor:
         return Int4ActQuantTensor.from_hp(
-            weight, self.group_size, self.algorithm, act_group_size=self.act_group_size
+            weight,
+            self.group_size,
+            self.algorithm,
+            integer_scales=self.integer_scales,
+            act_group_size=self.act_group_size,
         )
 
 

@@ -118,6 +118,8 @@ class Problem:
     symmetric: bool = True
     batch: int = 1
     act_group_size: int | None = None
+    # whether a row's scales are multiples of one unit, and there are the multiples (layout.py)
+    integer_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)

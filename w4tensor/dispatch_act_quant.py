@@ -18,6 +18,10 @@ what its codes mean, in 16 bits, for
 
     hopper   the tiles of dispatch_hopper.py, or where they do not serve
     rounded  a library product with W dequantised, block by block
+
+Where a weight has integer scales, all of K is summed in int32 by
+
+    integer  more than a few tokens on a Hopper: the tiles of dispatch_integer.py
 """
 
 from __future__ import annotations
@@ -49,12 +53,14 @@ from w4tensor.dispatch_int8 import (
     quantizing_overlaps,
     serves_int8,
 )
+from w4tensor.dispatch_integer import integer_us, plan_integer, serves_integer
 
 __all__ = [
     "ActQuantDecodePlan",
     "ActQuantDp4aPlan",
     "ActQuantGemmPlan",
     "ActQuantHopperPlan",
+    "ActQuantIntegerPlan",
     "ActQuantPlan",
     "ActQuantRoundedPlan",
     "plan_act_quant",
@@ -164,6 +170,22 @@ class ActQuantHopperPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ActQuantIntegerPlan:
+    """One launch of kernels/gemm_hopper.py on int8 x and integer scales.
+
+    Fields:
+        overlap: start while x is still being quantised.
+    """
+
+    gemm: HopperPlan
+    overlap: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"int8 {self.gemm.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class ActQuantRoundedPlan:
     """cuBLAS on x rounded to its codes and on blocks of `rows` dequantised rows of W."""
 
@@ -178,6 +200,7 @@ ActQuantPlan = (
     | ActQuantGemmPlan
     | Int8Plan
     | ActQuantHopperPlan
+    | ActQuantIntegerPlan
     | ActQuantRoundedPlan
 )
 
@@ -202,6 +225,10 @@ def plan_act_quant(p: Problem, arch: Arch) -> ActQuantPlan:
         )
     if p.m <= DP4A_MAX_M:
         return _dp4a_plan(p, arch)
+    if serves_integer(p, arch) and integer_us(p, arch) <= _other_us(p, arch):
+        gemm = plan_integer(p, arch)
+        evenly = is_placed_evenly(p, gemm, arch, x_bytes=1)
+        return ActQuantIntegerPlan(gemm, quantizing_overlaps(p, evenly))
     rounded = _rounded_plan(p, arch)
     if serves_int8(p, arch) and (rounded is None or _rounding_is_slower(p, arch)):
         return plan_int8(p, arch)
@@ -219,6 +246,11 @@ def _rounded_plan(p: Problem, arch: Arch) -> ActQuantHopperPlan | ActQuantRounde
         evenly = is_placed_evenly(p, gemm, arch)
         return ActQuantHopperPlan(gemm, quantizing_overlaps(p, evenly))
     return ActQuantRoundedPlan(rows=workspace_rows(p)) if p.m >= ROUNDED_FROM_M else None
+
+
+def _other_us(p: Problem, arch: Arch) -> float:
+    """Microseconds, without quantising, of what serves where scales are any."""
+    return int8_us(p, arch) if serves_int8(p, arch) else hopper_us(p, arch)
 
 
 def _rounding_is_slower(p: Problem, arch: Arch) -> bool:

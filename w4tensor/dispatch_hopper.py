@@ -215,11 +215,11 @@ def hopper_us(p: Problem, arch: Arch) -> float:
     return predicted_us(p, arch.num_sms, *_best(p, arch.num_sms))
 
 
-def is_placed_evenly(p: Problem, plan: HopperPlan, arch: Arch) -> bool:
+def is_placed_evenly(p: Problem, plan: HopperPlan, arch: Arch, x_bytes: int = 2) -> bool:
     """Whether no multiprocessor has the memory for more of the plan's programs than its share."""
     programs = plan.programs or _tiles(p, plan) * plan.split_k
     # 128 numbers of each token, 128 codes of each row
-    stage_bytes = 256 * plan.block_m + 64 * plan.block_n
+    stage_bytes = 128 * x_bytes * plan.block_m + 64 * plan.block_n
     return SHARED_BYTES // (plan.num_stages * stage_bytes) <= -(-programs // arch.num_sms)
 
 

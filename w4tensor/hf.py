@@ -8,7 +8,9 @@
 
 enable() must also run in the process that reloads; experts that it loads run on our implementation
 (hf_experts.py), as those that quantize_ made. torchao offers no call to register a tensor
-class for safetensors or a config for JSON; its documentation says to extend these lists.
+class for safetensors or a config for JSON; its documentation says to extend these lists. Nor does
+transformers let a class say what its data are called: it knows six names, to which enable() adds
+the multiples of integer scales.
 """
 
 from __future__ import annotations
@@ -59,11 +61,28 @@ def enable() -> None:
     if not _watching and find_spec("transformers") is not None:
         _watching = True
         hf_experts.register()
+        _name_multiples()
         # a file holds no word of what a config's handler does, and none runs on reload
         register_module_parameter_registration_hook(_settle_loaded)
 
 
 _watching = False
+
+
+def _name_multiples() -> None:
+    """Let transformers collect `multiple` with the other data of a weight that it loads."""
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    known = getattr(TorchAoHfQuantizer, "serialized_names", None)
+    if not isinstance(known, property) or known.fget is None:
+        # of a release that reads names another way
+        return
+    ask = known.fget
+
+    def serialized_names(self: Any) -> dict[str, list[str]]:
+        return {name: [*data, f"_{name}_multiple"] for name, data in ask(self).items()}
+
+    setattr(TorchAoHfQuantizer, "serialized_names", property(serialized_names))  # noqa: B010
 
 
 def _settle_loaded(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

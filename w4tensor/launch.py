@@ -16,6 +16,7 @@ from w4tensor.dispatch_act_quant import (
     ActQuantDp4aPlan,
     ActQuantGemmPlan,
     ActQuantHopperPlan,
+    ActQuantIntegerPlan,
     ActQuantRoundedPlan,
 )
 from w4tensor.dispatch_experts import (
@@ -102,11 +103,13 @@ def _stack(
     group_size: int,
     bias: Tensor | None = None,
     act_group_size: int | None = None,
+    multiple: Tensor | None = None,
 ) -> moe.Stack:
     """Stacked weights as kernels take them; a bias may be a slice of N."""
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
     bias = None if bias is None else bias.contiguous()
-    return moe.Stack(qdata, scale, zero_point, group_size, bias, act_group_size)
+    multiple = None if multiple is None else multiple.contiguous()
+    return moe.Stack(qdata, scale, zero_point, group_size, bias, act_group_size, multiple)
 
 
 def _sixteen_bit(x: Tensor) -> Tensor:
@@ -269,7 +272,8 @@ def experts(
     group_sizes = first.group_size, second.group_size
     group_size = 16 if 16 in group_sizes else min(group_sizes)
     symmetric = first.zero_point is None and second.zero_point is None
-    sizes = n_experts, hidden, inter, group_size, first.act_group_size, symmetric
+    integer_scales = first.multiple is not None and second.multiple is not None
+    sizes = n_experts, hidden, inter, group_size, first.act_group_size, symmetric, integer_scales
     plan = _plan_experts(x.device.index, ExpertsProblem(len(ids), ids.shape[1], *sizes))
     if plan is None:
         return None
@@ -285,6 +289,7 @@ def act_quant_linear(
     bias: Tensor | None,
     group_size: int,
     act_group_size: int,
+    multiple: Tensor | None = None,
 ) -> Tensor:
     """x [.., K] and W [N, *], or x [E, M, K] and W [E, N, *], as ops.linear defines it."""
     n, k = qdata.shape[-2], x.shape[-1]
@@ -294,7 +299,8 @@ def act_quant_linear(
     x3 = x if qdata.ndim == 3 else x.reshape(1, -1, k)
     e, m, _ = x3.shape
     symmetric = zero_point is None
-    plan = _plan(x.device.index, m, n, k, group_size, "int8", symmetric, e, act_group_size)
+    kind = "int8", symmetric, e, act_group_size, multiple is not None
+    plan = _plan(x.device.index, m, n, k, group_size, *kind)
     bias = None if bias is None else bias.contiguous()
     if isinstance(plan, GemvPlan):
         if not _are_whole_rows(qdata, scale, zero_point):
@@ -315,6 +321,14 @@ def act_quant_linear(
         return y
     # a launch that quantises stands between a copy and what may start before it is done
     qdata, scale, zero_point = _whole_rows(qdata, scale, zero_point)
+    if isinstance(plan, ActQuantIntegerPlan):
+        assert multiple is not None
+        multiple = multiple.contiguous()
+        early = dict(pdl=plan.gemm.pdl, overlap=plan.overlap)
+        codes, x_scale, _ = quantize_codes(x3, act_group_size, **early)
+        operands = qdata, scale, None, bias, y.view(m, n), group_size, plan.gemm
+        gemm_hopper(codes[0], *operands, multiple, x_scale[0, 0])
+        return y
     if isinstance(plan, ActQuantHopperPlan):
         early = dict(pdl=plan.gemm.pdl, overlap=plan.overlap)
         x2 = round_activation(x3, act_group_size, word_order=True, **early)[0]

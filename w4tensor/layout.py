@@ -25,6 +25,14 @@ ACT_QUANT: for int8 matrix units and dp4a. Each 32 k are 16 bytes; byte j of sli
 
 and nibbles are q - 8 in two's complement, so that (byte & 0xF0) is 16 (q - 8) as an int8.
 
+Integer scales. An ACT_QUANT weight without zero points may say, beside scale, that a row's scales
+are multiples of one unit: multiple[n, g] is an int8 of -15..15, not 0, and
+
+    scale[n, g] = unit[n] * multiple[n, g]      exactly
+
+so that w is an integer of -120..120 times what its row has once. Who does not look at multiple
+reads the same weight.
+
 Recognition. qdata's dtype is the mark of a format: int16 for COALESCED, int64 for ACT_QUANT. No
 int4 format of torchao, tinygemm, mslk, XPU or ExecuTorch uses them (those are int8, uint8, int32).
 Shapes could not tell: ExecuTorch's uint8 [N, K/2] with a [n_groups, N] scale has the shapes of a
@@ -51,6 +59,8 @@ __all__ = [
     "Layout",
     "check_contract",
     "check_group_size",
+    "check_multiple",
+    "check_multiple_values",
     "check_values",
     "has_values",
     "padded_k",
@@ -62,6 +72,8 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ZERO_POINT_DTYPES = (torch.float16, torch.float32)
 SYMMETRIC_ZERO_POINT = 8
+# so that codes -8..7 times them are int8, of either sign
+MAX_MULTIPLE = 15
 
 
 def padded_k(k: int) -> int:
@@ -215,6 +227,44 @@ def check_contract(
             )
         if zero_point.device != qdata.device:
             raise PackingError("zero_point.device", zero_point.device, f"{qdata.device}, as qdata")
+
+
+def check_multiple(
+    multiple: Tensor, scale: Tensor, zero_point: Tensor | None, act_group_size: int | None
+) -> None:
+    """Refuse multiples that are not of this scale, by metadata alone.
+
+    Raises:
+        PackingError: as check_contract.
+    """
+    if act_group_size != -1:
+        raise PackingError("multiple", f"with act_group_size={act_group_size}", "-1 (per token)")
+    if zero_point is not None:
+        raise PackingError("multiple", "beside a zero_point", "symmetric weights")
+    if multiple.dtype != torch.int8:
+        raise PackingError("multiple.dtype", multiple.dtype, "torch.int8")
+    if multiple.shape != scale.shape:
+        raise PackingError(
+            "multiple.shape", tuple(multiple.shape), f"{tuple(scale.shape)}, as scale"
+        )
+    if multiple.device != scale.device:
+        raise PackingError("multiple.device", multiple.device, f"{scale.device}, as scale")
+
+
+def check_multiple_values(multiple: Tensor, scale: Tensor) -> None:
+    """Refuse multiples that are not -15..15 without 0, or scales that are not theirs exactly.
+
+    Reads the data, as check_values.
+    """
+    if not has_values(multiple) or not multiple.numel():
+        return
+    size = multiple.abs()
+    if int(size.min()) < 1 or int(size.max()) > MAX_MULTIPLE:
+        raise PackingError("multiple", f"{int(size.min())} to {int(size.max())}", "1..15 in size")
+    # scale / multiple is the same in all of a row; products are exact in fp64, quotients are not
+    exact = scale.double()
+    if not torch.equal(exact * multiple[..., :1], exact[..., :1] * multiple):
+        raise PackingError("scale", "not its multiples times one unit a row", "exactly that")
 
 
 def has_values(t: Tensor) -> bool:

@@ -60,6 +60,7 @@ class Stack(NamedTuple):
         qdata: [E, N, *], COALESCED, or ACT_QUANT where there is an act_group_size.
         scale, zero_point: [E, N, groups]. bias: [E, N] or None.
         act_group_size: activations are rounded to int8 by such groups (-1: per token); None: not.
+        multiple: of integer scales (layout.py), like scale, or None.
     """
 
     qdata: Tensor
@@ -68,6 +69,7 @@ class Stack(NamedTuple):
     group_size: int
     bias: Tensor | None = None
     act_group_size: int | None = None
+    multiple: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -233,7 +235,13 @@ def _grouped(
     order, offs, tiles = rows
     weights = stack.qdata, stack.scale, stack.zero_point, stack.bias
     if isinstance(plan, HopperGroupedPlan):
-        x = _sixteen_bit(x, stack, word_order=True, pdl=plan.pdl)
+        if plan.integer:
+            assert stack.multiple is not None, "the plan is one for integer scales"
+            codes, x_scale, _ = quantize_activation(_rows(x)[None], -1, pdl=plan.pdl)
+            x = codes[0]
+            fused |= dict(multiple=stack.multiple, x_scale=x_scale[0, 0], x_div=x_div)
+        else:
+            x = _sixteen_bit(x, stack, word_order=True, pdl=plan.pdl)
         if x_div > 0:
             assert order is not None, "rows as given are where they should be"
             listed = (tiles, plan.block_m, plan.narrow_m) if _is_shared(plan) else ()

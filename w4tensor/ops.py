@@ -1,8 +1,9 @@
 """torch.ops.w4tensor.*: schemas, fakes, autograd, and what runs on which device.
 
-    linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version)
+    linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version, multiple)
         x [.., K] and qdata [N, *] -> [.., N];  x [E, M, K] and qdata [E, N, *] -> [E, M, N].
-        bias is [N] or None. The result has x's dtype.
+        bias is [N] or None. multiple: the integer scales of layout.py, or None. The result has x's
+        dtype.
     grouped_linear(x, qdata, scale, zero_point, offs, group_size, act_group_size, layout_version)
         x [T, K] sorted by expert, qdata [E, N, *], offs int32 [E]: the row at which each expert
         ends. -> [T, N]; rows from offs[-1] on are zero.
@@ -46,14 +47,20 @@ from w4tensor.checks import (
     check_linear,
     check_operands,
 )
-from w4tensor.layout import ACT_QUANT, COALESCED, LAYOUT_VERSION, check_contract
+from w4tensor.layout import (
+    ACT_QUANT,
+    COALESCED,
+    LAYOUT_VERSION,
+    check_contract,
+    check_multiple,
+)
 
 __all__ = ["cuda_experts", "cuda_gathered_linear", "cuda_grouped_linear", "cuda_linear"]
 
 _library = torch.library.Library("w4tensor", "DEF")
 _library.define(
     "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int group_size, int? act_group_size, int layout_version) -> Tensor"
+    "int group_size, int? act_group_size, int layout_version, Tensor? multiple=None) -> Tensor"
 )
 _library.define(
     "grouped_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor offs, "
@@ -72,7 +79,7 @@ _library.define(
     "Tensor gate_up_qdata, Tensor gate_up_scale, Tensor? gate_up_zero_point, Tensor? gate_up_bias, "
     "Tensor down_qdata, Tensor down_scale, Tensor? down_zero_point, Tensor? down_bias, "
     "int gate_up_group_size, int down_group_size, int? act_group_size, str gate, str act, "
-    "int layout_version) -> Tensor"
+    "int layout_version, Tensor? gate_up_multiple=None, Tensor? down_multiple=None) -> Tensor"
 )
 _library.define("quantize_activation(Tensor x, int act_group_size) -> (Tensor, Tensor)")
 
@@ -98,12 +105,19 @@ def _experts(run: Callable) -> Callable:
         gate,
         act,
         layout_version,
+        gate_up_multiple=None,
+        down_multiple=None,
     ):
         first = (gate_up_qdata, gate_up_scale, gate_up_zero_point, gate_up_group_size)
         second = (down_qdata, down_scale, down_zero_point, down_group_size)
-        layout = check_operands(x, *first, act_group_size, layout_version)
+        layout = check_operands(x, *first, act_group_size, layout_version, gate_up_multiple)
         check_contract(layout, *second, layout_version)
-        stacks = (*first, gate_up_bias, act_group_size), (*second, down_bias, act_group_size)
+        if down_multiple is not None:
+            check_multiple(down_multiple, down_scale, down_zero_point, act_group_size)
+        stacks = (
+            (*first, gate_up_bias, act_group_size, gate_up_multiple),
+            (*second, down_bias, act_group_size, down_multiple),
+        )
         check_experts(x, ids, weight, *stacks, gate, act)
         return run(x, ids, weight, *stacks, gate, act)
 
@@ -114,9 +128,10 @@ def _experts(run: Callable) -> Callable:
 
 
 def _reference_linear(
-    x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version
+    x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version, multiple=None
 ):
-    layout = check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+    weight = qdata, scale, zero_point, group_size
+    layout = check_operands(x, *weight, act_group_size, layout_version, multiple)
     check_linear(x, qdata, bias)
     q = layout.unpack(qdata, k=x.shape[-1])
     if act_group_size is None:
@@ -149,7 +164,7 @@ def _reference_grouped_linear(
 
 def _reference_gathered(x: Tensor, ids: Tensor, stack: Stack) -> Tensor:
     """x [S, K] and ids [S] -> W[ids[s]] @ x[s] + bias[ids[s]], [S, N]; sentinels give zeros."""
-    qdata, scale, zero_point, group_size, bias, act_group_size = stack
+    qdata, scale, zero_point, group_size, bias, act_group_size, _ = stack
     y = x.new_zeros(x.shape[0], qdata.shape[1])
     for expert in ids.unique().tolist():
         if 0 <= expert < qdata.shape[0]:
@@ -174,7 +189,8 @@ def _reference_gathered_linear(
     check_gathered(x, ids, qdata)
     if ids.device.type == "cpu":
         check_ids(ids, qdata.shape[0])
-    return _reference_gathered(x, ids, (qdata, scale, zero_point, group_size, None, act_group_size))
+    stack = qdata, scale, zero_point, group_size, None, act_group_size, None
+    return _reference_gathered(x, ids, stack)
 
 
 def _reference_experts(x, ids, weight, gate_up, down, gate, act):
@@ -192,14 +208,18 @@ def _reference_quantize_activation(x, act_group_size):
 # with CUDA: the kernel that dispatch names
 
 
-def _run_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
-    check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+def _run_linear(
+    x, qdata, scale, zero_point, bias, multiple, group_size, act_group_size, layout_version
+):
+    weight = qdata, scale, zero_point
+    check_operands(x, *weight, group_size, act_group_size, layout_version, multiple)
     check_linear(x, qdata, bias)
     from w4tensor import launch
 
     if act_group_size is None:
-        return launch.coalesced_linear(x, qdata, scale, zero_point, bias, group_size)
-    return launch.act_quant_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size)
+        return launch.coalesced_linear(x, *weight, bias, group_size)
+    sizes = group_size, act_group_size
+    return launch.act_quant_linear(x, *weight, bias, *sizes, multiple)
 
 
 def _run_grouped_linear(
@@ -232,6 +252,12 @@ def _run_experts(*operands):
 _run_checked_experts = _experts(_run_experts)
 
 
+def _run_remembered_experts(*operands):
+    """As alike.call has them: tensors, multiples last, and then the rest."""
+    *tensors, gate_up_multiple, down_multiple = operands[:13]
+    return _run_checked_experts(*tensors, *operands[13:], gate_up_multiple, down_multiple)
+
+
 def _cuda_quantize_activation(x, act_group_size):
     from w4tensor import launch
 
@@ -241,10 +267,12 @@ def _cuda_quantize_activation(x, act_group_size):
 # the same by what alike.py remembers
 
 
-def cuda_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
+def cuda_linear(
+    x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version, multiple=None
+):
     """What the operator `linear` runs on CUDA tensors, for callers that need no dispatcher."""
     rest = group_size, act_group_size, layout_version
-    return alike.call(_run_linear, (x, qdata, scale, zero_point, bias), rest)
+    return alike.call(_run_linear, (x, qdata, scale, zero_point, bias, multiple), rest)
 
 
 def cuda_grouped_linear(
@@ -281,19 +309,25 @@ def cuda_experts(
     gate,
     act,
     layout_version,
+    gate_up_multiple=None,
+    down_multiple=None,
 ):
     """As cuda_linear, of the operator `experts`."""
     gate_up = gate_up_qdata, gate_up_scale, gate_up_zero_point, gate_up_bias
     down = down_qdata, down_scale, down_zero_point, down_bias
+    tensors = x, ids, weight, *gate_up, *down, gate_up_multiple, down_multiple
     rest = gate_up_group_size, down_group_size, act_group_size, gate, act, layout_version
-    return alike.call(_run_checked_experts, (x, ids, weight, *gate_up, *down), rest)
+    return alike.call(_run_remembered_experts, tensors, rest)
 
 
 # fakes
 
 
-def _fake_linear(x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version):
-    check_operands(x, qdata, scale, zero_point, group_size, act_group_size, layout_version)
+def _fake_linear(
+    x, qdata, scale, zero_point, bias, group_size, act_group_size, layout_version, multiple=None
+):
+    weight = qdata, scale, zero_point, group_size
+    check_operands(x, *weight, act_group_size, layout_version, multiple)
     check_linear(x, qdata, bias)
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
@@ -332,7 +366,8 @@ def _fake_quantize_activation(x, act_group_size):
 
 
 def _save_weight(ctx, inputs, output) -> None:
-    _, qdata, scale, zero_point, last, ctx.group_size, ctx.act_group_size, _ = inputs
+    # of a Linear, multiples come last
+    _, qdata, scale, zero_point, last, ctx.group_size, ctx.act_group_size, *_ = inputs
     ctx.has_zero_point = zero_point is not None
     saved = (qdata, scale) if zero_point is None else (qdata, scale, zero_point)
     offs = (last,) if last is not None and last.dtype == torch.int32 else ()
@@ -356,7 +391,7 @@ def _linear_backward(ctx, grad):
         w = _dense(*_saved_weight(ctx), ctx.group_size, ctx.act_group_size)
         grad_x = grad @ w.to(grad.dtype)
     grad_bias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[4] else None
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 def _grouped_linear_backward(ctx, grad):

@@ -76,6 +76,7 @@ class HopperGroupedPlan:
         pipelined: as in HopperPlan.
         programs: how many share the tiles (kernels/grouped_hopper_persistent.py), of a block's
             second product only if of its first; 0: each tile has one.
+        integer: x is int8, and the weights' scales are integers (kernels/hopper_multiples.py).
     """
 
     block_m: int
@@ -87,13 +88,15 @@ class HopperGroupedPlan:
     split_k: int = 1
     pipelined: bool = True
     programs: int = 0
+    integer: bool = False
 
     @property
     def name(self) -> str:
         split = f"/{self.split_k}" if self.split_k > 1 else ""
         shared = f" by {self.programs}" if self.programs else ""
         how = "" if self.pipelined else " unpipelined"
-        return f"grouped {self.block_m}x{self.block_n}{split}{shared}{how}"
+        kind = "int8 " if self.integer else ""
+        return f"{kind}grouped {self.block_m}x{self.block_n}{split}{shared}{how}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from w4tensor.errors import Unsupported
-from w4tensor.layout import SYMMETRIC_ZERO_POINT, check_group_size, has_values
+from w4tensor.layout import MAX_MULTIPLE, SYMMETRIC_ZERO_POINT, check_group_size, has_values
 
-__all__ = ["ALGORITHMS", "Algorithm", "quantize_weight"]
+__all__ = ["ALGORITHMS", "Algorithm", "quantize_weight", "quantize_weight_by_multiples", "unit_of"]
 
 Algorithm = Literal["symmetric", "min_max", "hqq"]
 ALGORITHMS = ("symmetric", "min_max", "hqq")
 MAX_CODE = 15
 # rows quantised at once: bounds the fp32 temporaries to a few hundred MB
 CHUNK_ELEMENTS = 1 << 25
+# significant bits of a unit: with 4 for a multiple, their product is exact in bf16
+UNIT_BITS = 4
+# what keeps 1 .. 15 times a unit of so many bits exact in fp16, whose least number is 2**-24
+LEAST_FP16_UNIT = 2.0**-21
 
 
 def quantize_weight(
@@ -44,26 +49,91 @@ def quantize_weight(
     >>> q[0, :2].tolist(), scale.tolist(), zero_point
     ([9, 0], [[1.0]], None)
     """
+    if algorithm not in ALGORITHMS:
+        raise Unsupported(f"algorithm={algorithm!r} is not one of {ALGORITHMS}")
+    return _by_chunks(weight, group_size, lambda rows, size: _quantize_rows(rows, size, algorithm))
+
+
+def quantize_weight_by_multiples(
+    weight: Tensor, group_size: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight to codes with integer scales (layout.py): "symmetric", but that the scales of
+    a row are multiples of one unit, its largest scale over 15, rounded up to four bits. Each group
+    takes the multiple next above or next below its own scale, whichever has the smaller error.
+
+    The idea of two levels of scales, integers within floats, is QServe's (arXiv:2405.04532).
+
+    Args:
+        weight, group_size: as quantize_weight.
+
+    Returns:
+        q and scale as quantize_weight; multiple int8, like scale.
+
+    Raises:
+        Unsupported: as quantize_weight.
+
+    >>> weight = torch.tensor([[-8.0] * 16 + [-3.9] * 16])
+    >>> q, scale, multiple = quantize_weight_by_multiples(weight, group_size=16)
+    >>> scale.tolist(), multiple.tolist()
+    ([[0.984375, 0.4921875]], [[14, 7]])
+    """
+    q, scale, multiple = _by_chunks(weight, group_size, _quantize_rows_by_multiples)
+    assert multiple is not None
+    return q, scale, multiple
+
+
+def _by_chunks(
+    weight: Tensor, group_size: int, quantize: Callable
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if weight.ndim < 2 or not weight.is_floating_point() or weight.element_size() not in (2, 4):
         raise Unsupported(
             f"a weight of shape {tuple(weight.shape)} and {weight.dtype} cannot be quantised; "
             "give [.., N, K] in bfloat16, float16 or float32"
         )
-    if algorithm not in ALGORITHMS:
-        raise Unsupported(f"algorithm={algorithm!r} is not one of {ALGORITHMS}")
     k = weight.shape[-1]
     group_size = check_group_size(group_size, k)
     rows = weight.detach().reshape(-1, k)
     step = max(1, CHUNK_ELEMENTS // k)
-    parts = [_quantize_rows(part, group_size, algorithm) for part in rows.split(step)]
+    parts = [quantize(part, group_size) for part in rows.split(step)]
     shape = (*weight.shape[:-1], -1)
     q = torch.cat([part[0] for part in parts]).reshape(shape)
     scale = torch.cat([part[1] for part in parts]).reshape(shape)
-    zeros = [part[2] for part in parts if part[2] is not None]
-    zero_point = torch.cat(zeros).reshape(shape) if zeros else None
+    rest = [part[2] for part in parts if part[2] is not None]
     if has_values(scale) and not bool(scale.isfinite().all()):
         raise Unsupported("the weight holds Inf or NaN; int4 codes cannot")
-    return q, scale, zero_point
+    return q, scale, torch.cat(rest).reshape(shape) if rest else None
+
+
+def _quantize_rows_by_multiples(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    w = rows.float().unflatten(-1, (-1, group_size))  # [rows, G, g]
+    own = _symmetric_scale(w)
+    unit = unit_of(own.abs().amax(-1, keepdim=True), rows.dtype)
+    size = own.abs() / unit
+    below, above = (n.clamp(1, MAX_MULTIPLE).copysign(own) for n in (size.floor(), size.ceil()))
+    q, error = _round_by_multiple(w, below, unit)
+    q_above, error_above = _round_by_multiple(w, above, unit)
+    better = error_above < error
+    q = torch.where(better[..., None], q_above, q)
+    multiple = torch.where(better, above, below)
+    return q.to(torch.uint8).flatten(-2), (multiple * unit).to(rows.dtype), multiple.to(torch.int8)
+
+
+def _round_by_multiple(w: Tensor, multiple: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [rows, G, g] for scales of so many units, and each group's error [rows, G]."""
+    step = (multiple * unit)[..., None]
+    q = (w / step + SYMMETRIC_ZERO_POINT).round_().clamp_(0, MAX_CODE)
+    # in units: squares of very small weights would be zero
+    error = (q - SYMMETRIC_ZERO_POINT) * multiple[..., None] - w / unit[..., None]
+    return q, error.square_().sum(-1)
+
+
+def unit_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rows whose largest scale is this are multiples of, [.., 1] fp32, to four bits."""
+    least = LEAST_FP16_UNIT if dtype == torch.float16 else torch.finfo(torch.float32).tiny * 256
+    fraction, exponent = torch.frexp((largest / MAX_MULTIPLE).clamp(min=least))
+    # a fraction is 0.5 .. 1
+    steps = (fraction * 2**UNIT_BITS).ceil()
+    return torch.ldexp(steps, exponent - UNIT_BITS)
 
 
 def _quantize_rows(

@@ -157,4 +157,5 @@ def problem_of(weight: PackedInt4, m: int, dtype: torch.dtype | None = None) -> 
         symmetric=weight.zero_point is None,
         batch=weight.scale.shape[0] if weight.ndim == 3 else 1,
         act_group_size=weight.act_group_size,
+        integer_scales=weight.multiple is not None,
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from w4tensor import reference
-from w4tensor.layout import check_group_size
+from w4tensor.layout import MAX_MULTIPLE, check_group_size
+from w4tensor.quantize import unit_of
 
 __all__ = [
     "ACT_QUANT_SQNR_DB",
@@ -113,11 +114,13 @@ MOE_SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Int4Codes:
-    """A weight before packing: q uint8 [.., N, K]; scale and zero_point [.., N, K / group_size]."""
+    """A weight before packing: q uint8 [.., N, K]; scale, zero_point and multiple (of integer
+    scales, layout.py) [.., N, K / group_size]."""
 
     q: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    multiple: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -141,6 +144,7 @@ def random_codes(
     zero_point: ZeroPoint = "symmetric",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    integer_scales: bool = False,
 ) -> Int4Codes:
     """Random codes [.., N, K] whose products with Gaussian x have a standard deviation near 1.
 
@@ -159,7 +163,12 @@ def random_codes(
         zero = torch.randint(4, 12, groups, device=device, generator=g).half()
     elif zero_point == "fractional":
         zero = (torch.rand(groups, device=device, generator=g) * 8 + 4).half()
-    return Int4Codes(q, scale.to(dtype), zero)
+    multiple = None
+    if integer_scales:
+        unit = unit_of(scale.amax(-1, keepdim=True), dtype)
+        multiple = (scale / unit).round().clamp(1, MAX_MULTIPLE).to(torch.int8)
+        scale = unit * multiple
+    return Int4Codes(q, scale.to(dtype), zero, multiple)
 
 
 def random_routing(

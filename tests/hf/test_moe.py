@@ -39,6 +39,7 @@ from tests.hf.models import (
 from w4tensor import W4ActQuantConfig, W4CoalescedConfig, hf_experts, with_experts
 from w4tensor.tensors.packed import PackedInt4
 
+INTEGER = W4ActQuantConfig(128, act_group_size=-1, integer_scales=True)
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 
@@ -480,7 +481,7 @@ def test_from_pretrained_says_it_too(tmp_path):
 # through files and back
 
 
-@every_config
+@pytest.mark.parametrize("config", [*CONFIGS, INTEGER], ids=str)
 @named([mixtral, gpt_oss, nemotron_h])
 def test_save_and_reload_bit_exactly(build, config, tmp_path):
     w4tensor.hf.enable()
@@ -510,3 +511,18 @@ def test_a_model_that_is_unpickled_whole_brings_our_implementation(monkeypatch):
     again = pickle.loads(data)
     assert again.config._experts_implementation == "w4tensor"
     assert_same_model(again, model)
+
+
+@named([mixtral, gpt_oss])
+def test_integer_scales_equal_those_without_multiples(build):
+    """On a CPU; what kernels make of them is a GPU's to test."""
+    model = quantised(build, INTEGER)
+    int4 = [p for p in model.parameters() if isinstance(p, PackedInt4)]
+    assert int4 and all(p.multiple is not None for p in int4)
+    plain = copy.deepcopy(model)
+    for p in plain.parameters():
+        if isinstance(p, PackedInt4):
+            p.multiple = None
+    for implementation in IMPLEMENTATIONS:
+        y = logits(choose(model, implementation))
+        assert torch.equal(y, logits(choose(plain, implementation)))

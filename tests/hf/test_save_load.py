@@ -23,6 +23,7 @@ CONFIGS = [
     pytest.param(W4CoalescedConfig(), id="w4a16"),
     pytest.param(W4CoalescedConfig(group_size=32, algorithm="hqq"), id="w4a16-hqq"),
     pytest.param(W4ActQuantConfig(act_group_size=64, algorithm="min_max"), id="w4a8"),
+    pytest.param(W4ActQuantConfig(128, act_group_size=-1, integer_scales=True), id="w4a8-integer"),
 ]
 every_config = pytest.mark.parametrize("config", CONFIGS)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.weights import Case, both_classes, exact_x
+from w4tensor import Int4ActQuantTensor
 from w4tensor.tensors.linear_weight import as_linear_weight
 
 MODES = {
@@ -230,3 +231,77 @@ def test_an_exported_program_saves_and_loads(cls, model, tmp_path):
         torch.export.save(program, tmp_path / "model.pt2")
         again = torch.export.load(tmp_path / "model.pt2")
         assert close(again.module()(x), model(x))
+
+
+def integer_weights(seed: int = 0) -> tuple[Int4ActQuantTensor, Int4ActQuantTensor]:
+    """[24, 256] and [3, 24, 256] with integer scales."""
+    case = Case(Int4ActQuantTensor, seed=seed)
+    return case.integer_weight(), case.with_(stack=(3,)).integer_weight()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_every_operator_traces_with_multiples(function):
+    w, w3 = integer_weights()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (3, 4):
+        x = exact_x(m, 256)
+        assert close(compiled(x, w, w3), function(x, w, w3))
+
+
+@pytest.mark.parametrize("linear_weight", [False, True])
+def test_a_linear_with_multiples_is_one_graph_bit_for_bit(linear_weight):
+    linear = nn.Linear(256, 24)
+    linear.weight = nn.Parameter(integer_weights()[0], requires_grad=False)
+    if linear_weight:
+        as_linear_weight(linear.weight)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear, fullgraph=True, backend=counter)
+    for m in (1, 3, 64):
+        x = exact_x(m, 256)
+        assert torch.equal(compiled(x), linear(x))
+    frames = counter.frame_count
+    assert frames <= 2
+    linear.weight.copy_(integer_weights(seed=3)[0])
+    assert torch.equal(compiled(x), linear(x)) and counter.frame_count == frames
+    # a weight without multiples is another format
+    linear.weight = nn.Parameter(
+        Case(Int4ActQuantTensor).weight(act_group_size=-1), requires_grad=False
+    )
+    assert torch.equal(compiled(x), linear(x))
+
+
+def test_multiples_that_come_and_go_are_seen():
+    targets = []
+
+    def backend(graph, inputs):
+        nodes = [n for n in graph.graph.nodes if "w4tensor.linear" in str(n.target)]
+        targets.extend(len(n.args) > 8 and n.args[8] is not None for n in nodes)
+        return graph
+
+    def run(x, w):
+        return F.linear(x, w)
+
+    case, x = Case(Int4ActQuantTensor), exact_x(3, 256)
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for w in (case.integer_weight(), case.weight(act_group_size=-1)):
+        w = as_linear_weight(w)
+        assert torch.equal(compiled(x, w), F.linear(x, w))
+    assert targets == [True, False]
+
+
+def test_the_gradient_of_x_through_a_graph_with_multiples():
+    w, grads = integer_weights()[0], []
+    for run in (F.linear, torch.compile(F.linear, fullgraph=True, backend="aot_eager")):
+        x = exact_x(5, 256).requires_grad_()
+        run(x, w).square().mean().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+def test_quantising_with_integer_scales_inside_a_graph():
+    def run(x, weight):
+        return F.linear(x, Int4ActQuantTensor.from_hp(weight, 64, integer_scales=True))
+
+    x, weight = exact_x(3, 256), torch.randn(24, 256)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert close(compiled(x, weight), run(x, weight))

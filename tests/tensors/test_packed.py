@@ -19,10 +19,10 @@ from tests.weights import (
     cases,
     fields,
 )
-from w4tensor import Int4ActQuantTensor
+from w4tensor import CudaCoalescedInt4Tensor, Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
 from w4tensor.layout import LAYOUT_VERSION, SCALE_DTYPES
-from w4tensor.quantize import ALGORITHMS
+from w4tensor.quantize import ALGORITHMS, quantize_weight_by_multiples
 
 
 @given(cases())
@@ -194,6 +194,123 @@ def test_fields_of_strided_memory_are_read_right(cls, n):
     x = torch.ones(1, 128)
     expected = x.double() @ case.dense()[::2, 128:].T
     assert torch.equal(torch.nn.functional.linear(x, part).double(), expected)
+
+
+# integer scales
+
+INTEGER = Case(Int4ActQuantTensor)
+
+
+@given(cases(cls=Int4ActQuantTensor))
+def test_multiples_change_nothing_that_a_weight_means(case):
+    case = case.with_(zero="symmetric")
+    w = case.integer_weight()
+    assert w.act_group_size == -1 and torch.equal(w.multiple, case.multiple())
+    assert torch.equal(w.dequantize(torch.float64), case.dense())
+    for got, expected in zip(w.to_codes(), case.codes(), strict=True):
+        assert got is expected or torch.equal(got, expected)
+
+
+@all_dtypes
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_from_hp_with_integer_scales(dtype, group_size, stack):
+    weight = torch.randn(*stack, 40, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w = Int4ActQuantTensor.from_hp(weight, group_size, integer_scales=True)
+    q, scale, multiple = quantize_weight_by_multiples(weight, group_size)
+    fields = dict(act_group_size=-1, group_size=group_size, multiple=multiple)
+    assert_same(w, Int4ActQuantTensor.from_codes(q, scale, **fields))
+    assert w.zero_point is None and w.act_group_size == -1
+    error = (w.dequantize().double() - weight.double()).norm() / weight.double().norm()
+    assert 0.05 < error < 0.17
+
+
+def test_integer_scales_are_symmetric_and_of_tokens():
+    weight = torch.randn(8, 256)
+    for algorithm in ("min_max", "hqq"):
+        with pytest.raises(Unsupported, match="integer scales with algorithm"):
+            Int4ActQuantTensor.from_hp(weight, 64, algorithm, integer_scales=True)
+    for size in (32, 64, 128):
+        with pytest.raises(PackingError, match=f"act_group_size={size}"):
+            Int4ActQuantTensor.from_hp(weight, 64, integer_scales=True, act_group_size=size)
+    for shape in ((256,), (2, 2, 8, 256)):
+        with pytest.raises(Unsupported):
+            Int4ActQuantTensor.from_hp(torch.ones(shape), 64, integer_scales=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("multiple.dtype", {"multiple": INTEGER.multiple().to(torch.uint8)}),
+        ("multiple.dtype", {"multiple": INTEGER.multiple().float()}),
+        ("multiple.shape", {"multiple": INTEGER.multiple()[:, :3]}),
+        ("multiple.shape", {"multiple": INTEGER.multiple()[0]}),
+        ("multiple.device", {"multiple": INTEGER.multiple().to("meta")}),
+        ("multiple", {"zero_point": torch.full((24, 4), 8.0)}),
+        ("multiple", {"act_group_size": 32}),
+        ("multiple", {"multiple": torch.zeros(24, 4, dtype=torch.int8)}),
+        ("multiple", {"multiple": torch.full((24, 4), 16, dtype=torch.int8)}),
+        ("multiple", {"multiple": torch.full((24, 4), -128, dtype=torch.int8)}),
+        ("scale", {"multiple": torch.ones(24, 4, dtype=torch.int8)}),
+        ("scale", {"multiple": INTEGER.multiple().roll(1)}),
+    ],
+)
+def test_corrupt_multiples_are_refused(field, changes):
+    q, scale, _ = INTEGER.codes()
+    good = dict(q=q, scale=scale, group_size=64, act_group_size=-1, multiple=INTEGER.multiple())
+    assert_same(Int4ActQuantTensor.from_codes(**good), INTEGER.integer_weight())
+    with pytest.raises(PackingError) as caught:
+        Int4ActQuantTensor.from_codes(**(good | changes))
+    assert caught.value.field == field
+    assert str(caught.value.found) and str(caught.value.expected)
+
+
+@pytest.mark.parametrize("value", [3, "qdata", [1.0], INTEGER.weight()])
+def test_multiples_that_are_no_tensor_are_refused(value):
+    with pytest.raises(PackingError) as caught:
+        Int4ActQuantTensor(**(fields(INTEGER.integer_weight()) | {"multiple": value}))
+    assert caught.value.field == "multiple"
+
+
+def test_multiples_need_not_be_contiguous():
+    q, scale, _ = INTEGER.codes()
+    strided = INTEGER.multiple().mT.contiguous().mT
+    w = Int4ActQuantTensor.from_codes(q, scale, group_size=64, multiple=strided)
+    assert_same(w, INTEGER.integer_weight())
+    assert w.multiple.is_contiguous()
+
+
+def test_multiples_assigned_from_outside_are_refused_where_they_are_read():
+    x = torch.randn(3, 256)
+    for name, value in (
+        ("multiple", INTEGER.multiple().to(torch.uint8)),
+        ("multiple", INTEGER.multiple()[:, :3]),
+        ("multiple", INTEGER.multiple().to("meta")),
+        ("act_group_size", 32),
+        ("zero_point", torch.full((24, 4), 8.0)),
+    ):
+        w = INTEGER.integer_weight()
+        setattr(w, name, value)
+        for read in (
+            lambda w=w: torch.nn.functional.linear(x, w),
+            lambda w=w: w.dequantize(),
+            lambda w=w: w[:8],
+            lambda w=w: w.clone(),
+            lambda w=w: w.to(torch.float16),
+            lambda w=w: INTEGER.integer_weight().copy_(w),
+            lambda w=w: copy.deepcopy(w).dequantize(),
+        ):
+            with torch.no_grad(), pytest.raises(PackingError):
+                read()
+
+
+def test_the_coalesced_class_has_no_multiples():
+    case = INTEGER.with_(cls=CudaCoalescedInt4Tensor)
+    assert case.weight().multiple is None
+    with pytest.raises(TypeError):
+        case.weight(multiple=case.multiple())
+    with pytest.raises(TypeError):
+        CudaCoalescedInt4Tensor.from_hp(torch.randn(8, 256), integer_scales=True)
 
 
 # fields changed behind the tensor's back

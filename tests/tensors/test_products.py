@@ -756,3 +756,61 @@ def test_a_transform_of_any_operand_sees_the_operator(eager, what):
     assert not eager
     assert torch.equal(y, torch.stack([call(one) for one in operand]))
     assert len(eager) == 2
+
+
+# integer scales
+
+
+@given(cases(cls=Int4ActQuantTensor), st.sampled_from(DTYPES), st.integers(1, 4))
+def test_multiples_change_no_bit_of_a_product(case, dtype, m):
+    case = case.with_(zero="symmetric")
+    w, plain = case.integer_weight(), case.weight(act_group_size=-1)
+    x = torch.randn(*case.stack, m, case.k, generator=torch.Generator().manual_seed(case.seed))
+    x = x.to(dtype)
+    assert torch.equal(x @ w.mT, x @ plain.mT)
+    if not case.stack:
+        bias = torch.arange(case.n).to(dtype)
+        assert torch.equal(F.linear(x, w, bias), F.linear(x, plain, bias))
+    over_n = torch.randn(*case.stack, m, case.n).to(dtype)
+    assert torch.equal(over_n @ w, over_n @ plain)
+
+
+def test_linear_hands_its_multiples_to_the_operator():
+    class Seen(BaseTorchDispatchMode):
+        multiples: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.w4tensor.linear.default:
+                self.multiples.append(args[8] if len(args) > 8 else None)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    w, x = Case(Int4ActQuantTensor).integer_weight(), exact_x(3, 256)
+    with Seen():
+        F.linear(x, w)
+        x @ w[8:].t()
+        F.linear(x, Case(Int4ActQuantTensor).weight())
+        F.linear(x, Case(CudaCoalescedInt4Tensor).weight())
+    whole, part, *none = Seen.multiples
+    assert torch.equal(whole, w.multiple) and torch.equal(part, w.multiple[8:])
+    assert none == [None, None]
+
+
+def test_the_gradient_of_x_with_multiples():
+    case = Case(Int4ActQuantTensor)
+    grads = []
+    for w in (case.integer_weight(), case.weight(act_group_size=-1)):
+        x = exact_x(5, 256).requires_grad_()
+        F.linear(x, w).square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads) and bool(grads[0].any())
+
+
+def test_gathered_and_grouped_products_take_weights_with_multiples():
+    case = Case(Int4ActQuantTensor, stack=(3,))
+    ids = torch.tensor([2, 0, 0])
+    x, offs = exact_x(3, 1, 256), torch.tensor([1, 1, 3], dtype=torch.int32)
+    w, plain = case.integer_weight(), case.weight(act_group_size=-1)
+    assert torch.equal(torch.bmm(x, w[ids].mT), torch.bmm(x, plain[ids].mT))
+    assert torch.equal(
+        torch._grouped_mm(x[:, 0], w.mT, offs=offs), torch._grouped_mm(x[:, 0], plain.mT, offs=offs)
+    )

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tests.weights import CLASSES, Case, assert_same, both_classes, cases, exact_x, fields
 from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError
-from w4tensor.layout import LAYOUT_VERSION
+from w4tensor.layout import LAYOUT_VERSION, check_multiple_values
 
 
 def save_and_load(value):
@@ -273,3 +273,76 @@ def test_a_pickle_from_before_an_optional_field_reads_it_as_none(cls):
     again = pickle.loads(pickle.dumps(w))
     x = exact_x(3, 256)
     assert torch.equal(F.linear(x, again).double(), x.double() @ Case(cls).dense().T)
+
+
+# integer scales
+
+INTEGER = Case(Int4ActQuantTensor)
+
+
+@copies
+@pytest.mark.parametrize("stack", [(), (2,)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_copy_has_the_same_multiples(copied, stack, transposed):
+    case = INTEGER.with_(stack=stack)
+    w, dense = case.integer_weight(), case.dense()
+    w, dense = (w.mT, dense.mT) if transposed else (w, dense)
+    again = copied(w)
+    assert_same(again, w)
+    assert torch.equal(again.multiple, case.multiple())
+    check_multiple_values(again.multiple, again.scale)
+    assert torch.equal(again.dequantize(torch.float64), dense)
+
+
+def integer_model(seed: int = 0) -> nn.Module:
+    model = model_of(INTEGER)
+    weight = INTEGER.with_(seed=seed).integer_weight()
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("through_file", [False, True])
+def test_a_state_dict_with_multiples(assign, through_file):
+    source, target = integer_model(), integer_model(seed=1)
+    state = source.state_dict()
+    state = save_and_load(state) if through_file else state
+    target.load_state_dict(state, assign=assign)
+    assert_same(target[0].weight, source[0].weight)
+    assert target[0].weight.multiple is not None
+    x = torch.randn(3, 256)
+    assert torch.equal(target(x), source(x))
+
+
+def test_a_state_dict_without_multiples_is_only_assigned():
+    target, source = integer_model(), model_of(INTEGER)
+    plain = INTEGER.weight(act_group_size=-1)
+    source[0].weight = nn.Parameter(plain, requires_grad=False)
+    with pytest.raises(RuntimeError, match="multiple"):
+        target.load_state_dict(source.state_dict())
+    assert_same(target[0].weight.data, INTEGER.integer_weight())
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert_same(target[0].weight.data, plain)
+
+
+def test_a_pickle_from_before_multiples_has_none():
+    w = INTEGER.weight(act_group_size=-1)
+    del w.__dict__["multiple"]
+    again = pickle.loads(pickle.dumps(w))
+    assert again.multiple is None
+    assert_same(again[:8], INTEGER.weight(act_group_size=-1)[:8])
+    x = torch.randn(3, 256)
+    assert torch.equal(F.linear(x, again), F.linear(x, INTEGER.integer_weight()))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_multiples_of_a_skeleton_and_of_fakes(stack):
+    weight = torch.randn(*stack, 24, 256)
+    real = Int4ActQuantTensor.from_hp(weight, 64, integer_scales=True)
+    meta = Int4ActQuantTensor.from_hp(weight.to("meta"), 64, integer_scales=True)
+    assert meta.multiple.shape == real.multiple.shape and meta.multiple.dtype == torch.int8
+    assert meta.multiple.device.type == "meta"
+    with FakeTensorMode() as mode:
+        assert isinstance(mode.from_tensor(real).multiple, FakeTensor)
+        fake = Int4ActQuantTensor.from_hp(torch.randn(*stack, 24, 256), 64, integer_scales=True)
+        assert isinstance(fake.multiple, FakeTensor)

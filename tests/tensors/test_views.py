@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.weights import CLASSES, Case, all_dtypes, assert_same, both_classes, cases
+from w4tensor import Int4ActQuantTensor
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
+from w4tensor.layout import check_multiple_values
 
 MODES = {
     "grad": contextlib.nullcontext,
@@ -565,3 +567,170 @@ def test_set_item_copies_weights_and_refuses_numbers(cls):
         with pytest.raises(MisdispatchError):
             w[:4] = value
     assert_stands_for(w, expected)
+
+
+# integer scales
+
+INTEGER = Case(Int4ActQuantTensor)
+
+
+def assert_multiples(w, expected: Tensor) -> None:
+    """`w` has multiples, which are `expected` and those of its scales."""
+    assert torch.equal(w.multiple, expected)
+    check_multiple_values(w.multiple, w.scale)
+
+
+@in_every_mode
+@pytest.mark.parametrize(("stack", "name", "op"), ALL, ids=_id)
+def test_multiples_go_where_their_scales_go(mode, stack, name, op):
+    case = INTEGER.with_(stack=stack)
+    with mode():
+        w = op(case.integer_weight())
+        assert_stands_for(w, op(case.dense()))
+        if name == "cat of K":
+            # rows have as many units as there are parts
+            assert w.multiple is None
+        else:
+            # scales are multiples of an eighth
+            assert_multiples(w, w.scale.mul(8).to(torch.int8))
+
+
+@pytest.mark.parametrize(("stack", "name", "op"), VIEWS, ids=_id)
+def test_what_is_written_through_a_view_takes_its_multiples_along(stack, name, op):
+    case = INTEGER.with_(stack=stack)
+    w, expected, new = case.integer_weight(), case.dense(), case.with_(seed=1)
+    with torch.no_grad():
+        assert op(w).multiple.untyped_storage().data_ptr() == w.multiple.data_ptr()
+        op(w).copy_(op(new.integer_weight()))
+        op(expected).copy_(op(new.dense()))
+    assert_stands_for(w, expected)
+    assert_multiples(w, w.scale.mul(8).to(torch.int8))
+
+
+def integer_cases():
+    return cases(cls=Int4ActQuantTensor).map(lambda case: case.with_(zero="symmetric"))
+
+
+@given(integer_cases(), st.booleans())
+def test_a_cut_along_k_cuts_multiples(case, transposed):
+    w, dense, dim = case.integer_weight(), case.dense(), -1
+    if transposed:
+        w, dense, dim = w.mT, dense.mT, -2
+    border = max(128, case.g)
+    for start, stop in itertools.combinations(sorted({*range(0, case.k, border), case.k}), 2):
+        part = w.narrow(dim, start, stop - start)
+        assert_stands_for(part, dense.narrow(dim, start, stop - start))
+        assert_multiples(part, case.multiple()[..., start // case.g : -(-stop // case.g)])
+
+
+@given(integer_cases(), st.data())
+def test_split_and_cat_of_rows_undo_each_other_with_multiples(case, data):
+    w = case.integer_weight()
+    dim = data.draw(st.sampled_from([-2, 0]))
+    parts = w.split(data.draw(st.integers(1, w.shape[dim])), dim)
+    assert_same(torch.cat(parts, dim), w)
+    without = case.weight(act_group_size=-1)
+    for mixed in ((*parts, without), (without, *parts)):
+        whole = torch.cat(mixed, dim)
+        assert whole.multiple is None and whole.shape[dim] == 2 * w.shape[dim]
+
+
+def test_cat_along_k_has_no_unit_for_a_row():
+    case = INTEGER
+    w = case.integer_weight()
+    for whole in (torch.cat((w, w), 1), torch.cat((w.t(), w.t()), 0).t()):
+        assert whole.multiple is None
+        assert_stands_for(whole, torch.cat((case.dense(), case.dense()), 1))
+
+
+def test_cat_with_zero_points_drops_multiples():
+    case = INTEGER.with_(zero="fractional")
+    w, other = INTEGER.integer_weight(), case.weight(act_group_size=-1)
+    whole = torch.cat((w, other))
+    assert whole.multiple is None
+    assert_stands_for(whole, torch.cat((INTEGER.dense(), case.dense())))
+
+
+def test_copy_between_weights_with_and_without_multiples():
+    new = INTEGER.with_(seed=1)
+    target = INTEGER.integer_weight()
+    pointer = target.multiple.data_ptr()
+    target.copy_(new.integer_weight())
+    assert_same(target, new.integer_weight())
+    assert target.multiple.data_ptr() == pointer
+    # a weight that says nothing of multiples may have any
+    target = INTEGER.weight(act_group_size=-1)
+    target.copy_(new.integer_weight())
+    assert_same(target, new.weight(act_group_size=-1))
+    # but its scales are no multiples
+    target = INTEGER.integer_weight()
+    with pytest.raises(PackingError) as caught:
+        target.copy_(new.weight(act_group_size=-1))
+    assert caught.value.field == "multiple"
+    assert_same(target, INTEGER.integer_weight())
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_load_with_their_multiples(dim):
+    case = INTEGER.with_(k=512)
+    param = nn.Parameter(case.with_(seed=9).integer_weight(), requires_grad=False)
+    full = case.integer_weight()
+    size = full.shape[dim] // 2
+    with torch.no_grad():
+        for shard in range(2):
+            part = full.narrow(dim, shard * size, size)
+            param.data.narrow(dim, shard * size, size).copy_(part)
+    assert_same(param.data, full)
+
+
+def test_parts_of_rows_are_not_written_with_other_units():
+    q, scale, _ = INTEGER.codes()
+    whole = INTEGER.integer_weight()
+    options = dict(group_size=64, multiple=INTEGER.multiple())
+    other = Int4ActQuantTensor.from_codes(q, scale * 2, **options)
+    target = INTEGER.integer_weight()
+    with pytest.raises(PackingError, match="unit"):
+        target[:, :128].copy_(other[:, :128])
+    assert_same(target, whole)
+    # as rows in full they may be others, and so may parts of the same units
+    target[:5].copy_(other[:5])
+    target[5:, :128].copy_(whole[5:, :128])
+    assert_same(target, torch.cat((other[:5], whole[5:])))
+
+
+def test_assigning_data_moves_multiples():
+    param = nn.Parameter(INTEGER.weight(act_group_size=-1), requires_grad=False)
+    for new in (INTEGER.integer_weight(), INTEGER.with_(seed=1).weight(act_group_size=-1)):
+        param.data = new
+        assert_same(param.data, new)
+
+
+@all_dtypes
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32])
+def test_multiples_stay_where_scales_stay_exact(dtype, to):
+    """fp16 has a smaller range than the others."""
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w = Int4ActQuantTensor.from_hp(weight, 64, integer_scales=True)
+    moved = w.to(to)
+    assert moved.dtype == to and torch.equal(moved.scale, w.scale.to(to))
+    if to == torch.float16 and dtype != to:
+        assert moved.multiple is None
+    else:
+        assert_multiples(moved, w.multiple)
+        assert torch.equal(moved.dequantize(torch.float64), w.dequantize(torch.float64))
+
+
+def test_units_that_bf16_would_round_lose_their_multiples():
+    q, _, _ = INTEGER.codes()
+    multiple = INTEGER.multiple()
+    scale = multiple * (1 + 2.0**-16)
+    w = Int4ActQuantTensor.from_codes(q, scale, group_size=64, multiple=multiple)
+    assert w.to(torch.bfloat16).multiple is None
+    assert_multiples(w.to("cpu", copy=True), multiple)
+
+
+def test_multiples_on_meta_and_in_shared_memory():
+    w = INTEGER.integer_weight()
+    moved = w.to("meta")
+    assert moved.multiple.device.type == "meta" and moved[:, :128].multiple.shape == (24, 2)
+    assert w.share_memory_() is w and w.multiple.is_shared()

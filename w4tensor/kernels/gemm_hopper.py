@@ -21,7 +21,7 @@ from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import accumulate
 from w4tensor.kernels.hopper_memory import barrier, descriptor, tokens_of
 from w4tensor.kernels.hopper_operand import layout_of_rows
-from w4tensor.kernels.hopper_output import finish
+from w4tensor.kernels.hopper_output import finish, memory_of_y
 from w4tensor.kernels.hopper_slices import (
     add_parts,
     await_parts,
@@ -56,6 +56,9 @@ def _gemm_hopper_kernel(
     y_ptr,
     scale_ptr,
     zero_ptr,
+    # of int8 x, or None: multiples of the rows' groups, and scales of the tokens
+    multiple_ptr,
+    x_scale_ptr,
     bias_ptr,
     part_ptr,
     flag_ptr,
@@ -83,6 +86,12 @@ def _gemm_hopper_kernel(
     HALVES: gl.constexpr = len(x_desc.block_shape) == 3
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
+    INT8: gl.constexpr = multiple_ptr is not None
+    if INT8:
+        factor_ptr = multiple_ptr
+    else:
+        factor_ptr = scale_ptr
+    scales = scale_ptr, multiple_ptr, x_scale_ptr
     tile = gl.program_id(0) // split_k
     k_slice = gl.program_id(0) % split_k
     n0, m0 = tile_at(tile, gl.cdiv(N, BLOCK_N), gl.cdiv(M, BLOCK_M), GROUP_N)
@@ -94,7 +103,7 @@ def _gemm_hopper_kernel(
         m0 = gl.minimum(m0, gl.maximum(M - BLOCK_M, 0))
     begin = steps * k_slice // split_k
     end = steps * (k_slice + 1) // split_k
-    r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+    r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT, x_desc.dtype))
     row = gl.minimum(n0 + r, N - 1)
     m = first_tokens(m0, M, FIRST, MORE)
     if MORE:
@@ -110,7 +119,7 @@ def _gemm_hopper_kernel(
         w_desc,
         (m, n0, n0),
         row,
-        scale_ptr,
+        factor_ptr,
         zero_ptr,
         n_groups,
         begin,
@@ -143,7 +152,10 @@ def _gemm_hopper_kernel(
         sums = acc[i]
         if part_ptr is not None:
             sums = add_parts(sums, parts + columns[i] * BLOCK_N, others, TILE)
-        finish(sums, bias_ptr, y_descs[i], y_ptr, xs[i].index(0), n0, m[i], M, N, HALVES)
+        memory = xs[i].index(0)
+        if INT8 and y_desc is not None:
+            memory = memory_of_y(y_descs[i], BLOCK_N)
+        finish(sums, scales, n_groups, bias_ptr, y_descs[i], y_ptr, memory, n0, m[i], M, N, HALVES)
     if y_desc is not None:
         tma.store_wait(0)
 
@@ -176,7 +188,11 @@ def boxes_of_tokens(block_m: int, m: int) -> tuple[tuple[int, ...], tuple[int, .
 # From 3.9 on, Triton's code would spill
 _BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 MAX_REGISTERS = {(8, 64): 80} if _BEFORE_3_9 else {}
+# of int8 x, by (tokens, rows, warps): two programs share a multiprocessor, where some would take
+# two registers too many
+MAX_REGISTERS_INT8 = {(128, 128, 8): 128}
 
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 _launch_gemm = Launcher(_gemm_hopper_kernel, anew={"token": token_of_launch})
 _launch_persistent = Launcher(gemm_hopper_persistent_kernel, anew={"token": token_of_launch})
 
@@ -190,11 +206,17 @@ def gemm_hopper(
     y: Tensor,
     group_size: int,
     plan: HopperPlan,
+    multiple: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> None:
     """y [M, N] from x [M, K] (bf16 or fp16; 16-byte aligned rows) and contiguous W [N, *]
     or [1, N, *]. zero_point and bias [N] may be None. y is contiguous: bf16, fp16 or fp32.
 
     qdata is COALESCED, or ACT_QUANT, for which x is [M, padded_k(K)] in word order.
+
+    With x_scale fp32 [M], x is int8 [M, padded_k(K)] in its own order, qdata is ACT_QUANT, and
+    multiple, int8 like scale, is scale over the unit of its row (hopper_multiples.py); tiles have
+    one run of tokens.
     """
     (m, k), row = x.shape, x.stride(0)
     n, n_groups = scale.shape[-2:]
@@ -202,9 +224,12 @@ def gemm_hopper(
     steps = words.shape[-1] // 16
     tiles = -(-n // plan.block_n) * -(-m // plan.block_m)
     split_k = min(plan.split_k, steps)
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    dtype = _GLUON[x.dtype]
+    y_dtype = _GLUON.get(y.dtype)
+    is_int8 = x.dtype == torch.int8
     first, second = boxes_of_tokens(plan.block_m, m)
-    by_tiles = y.dtype == x.dtype and n % 8 == 0 and y.data_ptr() % 16 == 0
+    stores = y_dtype is not None if is_int8 else y.dtype == x.dtype
+    by_tiles = stores and n % 8 == 0 and y.data_ptr() % 16 == 0
     options: dict[str, Any] = {"launch_pdl": True} if plan.pdl else {}
     # each has a tile, and a tile's ends have as many steps as the ring has stages, or there is
     # nothing to share. The other kernel stores y one by one: it has registers for addresses
@@ -220,6 +245,9 @@ def gemm_hopper(
         if split_k > 1 and shortest and scale_a_step:
             cap = MAX_REGISTERS.get((plan.block_m, plan.block_n))
             options |= {"maxnreg": cap} if cap else {}
+        if is_int8:
+            cap = MAX_REGISTERS_INT8.get((plan.block_m, plan.block_n, plan.num_warps))
+            options |= {"maxnreg": cap} if cap else {}
 
     parts, flags = memory_of_sums(stored, plan.block_m * plan.block_n, x.device)
 
@@ -228,7 +256,7 @@ def gemm_hopper(
 
     def of_y(tokens: tuple[int, ...]) -> TensorDescriptor | None:
         stored = tokens and by_tiles
-        return descriptor(y, (m, n), n, (*tokens, plan.block_n), dtype) if stored else None
+        return descriptor(y, (m, n), n, (*tokens, plan.block_n), y_dtype) if stored else None
 
     launch = _launch_persistent if shared else _launch_gemm
     launch(
@@ -241,6 +269,8 @@ def gemm_hopper(
         *(() if shared else (y,)),
         scale,
         zero_point,
+        multiple,
+        x_scale,
         bias,
         parts,
         flags,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from w4tensor.kernels.hopper_loop import add_steps
 from w4tensor.kernels.hopper_memory import barrier, tokens_of
 from w4tensor.kernels.hopper_operand import fetch_factors, layout_of_rows
-from w4tensor.kernels.hopper_output import finish
+from w4tensor.kernels.hopper_output import finish, memory_of_y
 from w4tensor.kernels.hopper_ring import fetch_first, open_ring
 from w4tensor.kernels.hopper_slices import (
     add_parts,
@@ -75,6 +75,9 @@ def gemm_hopper_persistent_kernel(
     more_y_desc,
     scale_ptr,
     zero_ptr,
+    # of int8 x, or None: multiples of the rows' groups, and scales of the tokens
+    multiple_ptr,
+    x_scale_ptr,
     bias_ptr,
     part_ptr,
     flag_ptr,
@@ -103,6 +106,12 @@ def gemm_hopper_persistent_kernel(
     HALVES: gl.constexpr = len(x_desc.block_shape) == 3
     BLOCK_M: gl.constexpr = FIRST + MORE
     BLOCK_N: gl.constexpr = w_desc.block_shape[0]
+    INT8: gl.constexpr = multiple_ptr is not None
+    if INT8:
+        factor_ptr = multiple_ptr
+    else:
+        factor_ptr = scale_ptr
+    scales = scale_ptr, multiple_ptr, x_scale_ptr
     EVEN: gl.constexpr = part_ptr is not None
     if MORE:
         x_descs = x_desc, more_x_desc
@@ -114,13 +123,18 @@ def gemm_hopper_persistent_kernel(
         columns = (0,)
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
-    r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+    r = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT, x_desc.dtype))
     turn = 0
     stage = 0
     phase = 0
     tile, begin, end, has = _turn(0, rounds, tiles, steps, EVEN, STAGES)
     n_tile, m_tile = tile_at(tile, tiles_n, tiles_m, GROUP_N)
     ring = open_ring(x_descs, w_desc, BLOCK_N, STAGES)
+    ys = ()
+    if INT8:
+        # a stage of x is too small for y
+        for i in gl.static_range(len(y_descs)):
+            ys += (memory_of_y(y_descs[i], BLOCK_N),)
     n0 = n_tile * BLOCK_N
     factors = fetch_first(
         ring,
@@ -128,7 +142,7 @@ def gemm_hopper_persistent_kernel(
         w_desc,
         (first_tokens(m_tile * BLOCK_M, M, FIRST, MORE), n0, n0),
         gl.minimum(n0 + r, N - 1),
-        scale_ptr,
+        factor_ptr,
         zero_ptr,
         n_groups,
         begin,
@@ -155,7 +169,7 @@ def gemm_hopper_persistent_kernel(
             w_desc,
             (m, n0, n0),
             row,
-            scale_ptr,
+            factor_ptr,
             zero_ptr,
             factors,
             n_groups,
@@ -179,7 +193,16 @@ def gemm_hopper_persistent_kernel(
         if not EVEN:
             # they come while y is stored, for which sums of others leave no registers
             factors = fetch_factors(
-                scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+                factor_ptr,
+                zero_ptr,
+                row,
+                next_begin,
+                n_groups,
+                GROUP,
+                TOGETHER,
+                ACT_QUANT,
+                WARPS,
+                x_desc.dtype,
             )
         if EVEN:
             TILE: gl.constexpr = BLOCK_N * BLOCK_M
@@ -199,14 +222,36 @@ def gemm_hopper_persistent_kernel(
                     if begin > 0:
                         parts = part_ptr + (mine - 1).to(gl.int64) * TILE
                         sums = add_parts(sums, parts + columns[i] * BLOCK_N, 1, TILE)
-                memory = ring[0][i].index(stage)
-                finish(sums, bias_ptr, y_descs[i], None, memory, n0, m[i], M, N, HALVES)
+                memory = ys[i] if INT8 else ring[0][i].index(stage)
+                finish(
+                    sums,
+                    scales,
+                    n_groups,
+                    bias_ptr,
+                    y_descs[i],
+                    None,
+                    memory,
+                    n0,
+                    m[i],
+                    M,
+                    N,
+                    HALVES,
+                )
         else:
             # the stage that is fetched anew next: all have read it
             barrier()
         if EVEN:
             factors = fetch_factors(
-                scale_ptr, zero_ptr, row, next_begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+                factor_ptr,
+                zero_ptr,
+                row,
+                next_begin,
+                n_groups,
+                GROUP,
+                TOGETHER,
+                ACT_QUANT,
+                WARPS,
+                x_desc.dtype,
             )
         stage += 1
         if stage == STAGES:

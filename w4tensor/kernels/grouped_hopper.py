@@ -22,7 +22,7 @@ from w4tensor.kernels.groups import groups_together
 from w4tensor.kernels.hopper_loop import accumulate, layout_of_sums
 from w4tensor.kernels.hopper_memory import aligned_rows, descriptor
 from w4tensor.kernels.hopper_operand import layout_of_rows
-from w4tensor.kernels.hopper_output import store_rows
+from w4tensor.kernels.hopper_output import scaled_rows, store_rows
 from w4tensor.kernels.launcher import Launcher
 from w4tensor.layout import ACT_QUANT
 
@@ -40,6 +40,7 @@ def _tile(
     y_ptr,
     scale_ptr,
     zero_ptr,
+    scales,
     bias_ptr,
     pid_n,
     expert,
@@ -55,6 +56,7 @@ def _tile(
     n_groups,
     BLOCK_N: gl.constexpr,
     SCATTER: gl.constexpr,
+    X_DIV: gl.constexpr,
     GROUP: gl.constexpr,
     TOGETHER: gl.constexpr,
     ACT_QUANT: gl.constexpr,
@@ -67,14 +69,14 @@ def _tile(
 ):
     """Rows first .. end - 1, no more than x_desc's block has, of an expert's columns pid_n."""
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
-    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M, x_desc.dtype)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     # rows behind the last expert are zero
     if expert < E:
         n0 = pid_n * (BLOCK_N if GATE == "none" else BLOCK_N // 2)
         # experts are rows of one long matrix
         w_row = expert * N + (2 * n0 if GATE == "interleaved" else n0)
-        i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+        i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT, x_desc.dtype))
         sums, _ = accumulate(
             (x_desc,),
             w_desc,
@@ -98,11 +100,12 @@ def _tile(
             False,
         )
         acc = sums[0]
+        b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+        of_outputs = expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
+        if scales[1] is not None:
+            acc = scaled_rows(acc, scales, of_outputs, n_groups, order_ptr, first, end, X_DIV)
         if bias_ptr is not None:
-            b = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-            bias = gl.load(
-                bias_ptr + expert.to(gl.int64) * N + tile_rows(pid_n, b, N, BLOCK_N, GATE)
-            )
+            bias = gl.load(bias_ptr + of_outputs)
             acc += gl.where(k_slice == 0, bias.to(gl.float32), 0.0).expand_dims(1)
     store_rows(acc, y_ptr, order_ptr, pid_n, first, end, N, SCATTER, GATE, ACT)
 
@@ -118,6 +121,9 @@ def _grouped_hopper_kernel(
     y_ptr,
     scale_ptr,
     zero_ptr,
+    # of int8 x, or None: multiples of the rows' groups, and scales of the tokens
+    multiple_ptr,
+    x_scale_ptr,
     bias_ptr,
     n_rows,
     N,
@@ -127,6 +133,8 @@ def _grouped_hopper_kernel(
     BLOCK_N: gl.constexpr,
     SPLIT_K: gl.constexpr,
     SCATTER: gl.constexpr,
+    # row r of int8 x has the scale of token order[r] // X_DIV, or if 0, of token r
+    X_DIV: gl.constexpr,
     # 0 where the row is one group
     GROUP: gl.constexpr,
     TOGETHER: gl.constexpr,
@@ -173,8 +181,9 @@ def _grouped_hopper_kernel(
                 w_desc,
                 order_ptr,
                 y_ptr,
-                scale_ptr,
+                scale_ptr if multiple_ptr is None else multiple_ptr,
                 zero_ptr,
+                (scale_ptr, multiple_ptr, x_scale_ptr),
                 bias_ptr,
                 gl.program_id(0),
                 expert,
@@ -189,6 +198,7 @@ def _grouped_hopper_kernel(
                 n_groups,
                 BLOCK_N,
                 SCATTER,
+                X_DIV,
                 GROUP,
                 TOGETHER,
                 ACT_QUANT,
@@ -221,6 +231,9 @@ def multiply_grouped_hopper(
     gate: str = "none",
     act: str = "none",
     wait_for_tiles: bool = True,
+    multiple: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_div: int = 0,
 ) -> Tensor:
     """Fill the rows of y [rows, N], or [rows, N / 2] with a gate, that `tiles` lists.
 
@@ -232,6 +245,9 @@ def multiply_grouped_hopper(
             ACT_QUANT. The rest as kernels/grouped.py has it, qdata contiguous.
         wait_for_tiles: the launch ahead of this one may make `tiles` and `order`. If not, they were
             done before it began, and are read, and weights too, while it makes x.
+        multiple, x_scale: with them, x is int8 [rows, padded_k(K)] in its own order, and qdata is
+            ACT_QUANT: multiple int8, like scale (kernels/hopper_multiples.py); x_scale fp32
+            [tokens], of which row r has that of token order[r] // x_div, or if x_div is 0, of r.
     """
     n_experts, n = qdata.shape[:2]
     if tiles.shape[0] == 0:
@@ -239,7 +255,7 @@ def multiply_grouped_hopper(
     words = qdata.view(torch.int32)
     steps = words.shape[-1] // 16
     x = aligned_rows(x)
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}[x.dtype]
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     out = plan.block_n if gate == "none" else plan.block_n // 2
     n_out = n if gate == "none" else n // 2
@@ -264,6 +280,7 @@ def multiply_grouped_hopper(
         y,
         scale,
         zero_point,
+        *(() if shared else (multiple, x_scale)),
         bias,
         len(tiles) if shared else y.shape[-2],
         n,
@@ -271,7 +288,7 @@ def multiply_grouped_hopper(
         steps,
         scale.shape[-1],
         BLOCK_N=plan.block_n,
-        **({} if shared else {"SPLIT_K": plan.split_k}),
+        **({} if shared else {"SPLIT_K": plan.split_k, "X_DIV": x_div}),
         SCATTER=scatter,
         GROUP=0 if scale.shape[-1] == 1 else group_size,
         TOGETHER=groups_together(scale.shape[-1], group_size, plan.block_m),

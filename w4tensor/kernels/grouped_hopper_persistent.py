@@ -113,7 +113,8 @@ def _multiply(
     """A tile's rows of y -> the ring's stage and phase for the next tile, and its first factors."""
     BLOCK_N: gl.constexpr = ring[1].shape[1]
     STAGES: gl.constexpr = ring[1].shape[0]
-    i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+    DTYPE: gl.constexpr = x_descs[0].dtype
+    i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT, DTYPE))
     acc, stage, phase = add_steps(
         ring,
         x_descs,
@@ -144,7 +145,7 @@ def _multiply(
     # they come while y is stored
     row = _rows(following, i, N, E, BLOCK_N, GATE)
     factors = fetch_factors(
-        scale_ptr, zero_ptr, row, 0, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+        scale_ptr, zero_ptr, row, 0, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS, DTYPE
     )
     y = acc[0]
     expert, first, end, pid_n = tile
@@ -212,7 +213,7 @@ def grouped_hopper_persistent_kernel(
     tile = _listed(tiles_ptr, index, tiles_n, slots)
     after = _listed(tiles_ptr, index + programs, tiles_n, slots)
     has = _has_rows(tile, E)
-    i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT))
+    i = gl.arange(0, BLOCK_N, layout_of_rows(BLOCK_N, WARPS, ACT_QUANT, x_desc.dtype))
     ring = open_ring(x_descs, w_desc, BLOCK_N, STAGES, CHOICES)
     factors = fetch_first(
         ring,
@@ -278,7 +279,8 @@ def grouped_hopper_persistent_kernel(
             index += programs
     if order_ptr is None:
         # rows behind the last expert are zero
-        zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout_of_sums(WARPS, BLOCK_M))
+        ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M, x_desc.dtype)
+        zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
         while tile[1] < tile[2]:
             _, first, end, pid_n = tile
             memory = _memory_of_y(ring, 0, 0 if CHOICES else None, OUT)

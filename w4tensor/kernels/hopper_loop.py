@@ -45,8 +45,11 @@ from w4tensor.kernels.unpack import FP16_LIFT
 
 
 @gluon.constexpr_function
-def layout_of_sums(warps, columns):
-    """Of what accumulate() returns."""
+def layout_of_sums(warps, columns, dtype):
+    """Of what accumulate() returns for x of so many columns."""
+    if dtype == gl.int8:
+        # of more columns Triton knows no instruction
+        return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, min(columns, 128), 32])
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
 
 
@@ -78,7 +81,14 @@ def _multiply(z, ring, stage, HALF: gl.constexpr, acc, CHOICE: gl.constexpr):
 @gluon.jit
 def _wait(acc, z, ALL_BUT: gl.constexpr):
     """Until no more than ALL_BUT multiplications are under way, of which one reads z."""
-    if len(acc) == 1:
+    if z.dtype == gl.int8:
+        # Triton keeps no bytes for a wait; that registers are read until then is ptxas's to know
+        if len(acc) == 1:
+            return (warpgroup_mma_wait(ALL_BUT, deps=[acc[0]]),), z
+        else:
+            first, second = warpgroup_mma_wait(2 * ALL_BUT, deps=[acc[0], acc[1]])
+            return (first, second), z
+    elif len(acc) == 1:
         sums, z = warpgroup_mma_wait(ALL_BUT, deps=[acc[0], z])
         return (sums,), z
     else:
@@ -149,19 +159,20 @@ def add_steps(
     BF16: gl.constexpr = DTYPE == gl.bfloat16 and scale_ptr.dtype.element_ty == gl.bfloat16
     FAST: gl.constexpr = BF16 and zero_ptr is None
     BLOCK_M: gl.constexpr = xs[0 if CHOICE is None else CHOICE].shape[1]
-    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC),)
+    ACC: gl.constexpr = layout_of_sums(WARPS, BLOCK_M, DTYPE)
+    SUM: gl.constexpr = gl.int32 if DTYPE == gl.int8 else gl.float32
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 if DTYPE == gl.int8 else 2)
+    acc = (gl.zeros([BLOCK_N, BLOCK_M], SUM, ACC),)
     if len(xs) == 2 and CHOICE is None:
         MORE: gl.constexpr = xs[1].shape[1]
-        acc += (gl.zeros([BLOCK_N, MORE], gl.float32, layout_of_sums(WARPS, MORE)),)
+        acc += (gl.zeros([BLOCK_N, MORE], SUM, layout_of_sums(WARPS, MORE, DTYPE)),)
     mbarrier.wait(full.index(stage), phase)
-    words = load_words(ws.index(stage), WARPS, GATE)
-    words_a, words_b = halves(words)
+    words = load_words(ws.index(stage), WARPS, GATE, DTYPE)
+    words_a, words_b = halves(words, DTYPE)
     terms_a, terms_b = prepare(factors, words, DTYPE, FAST)
     following = gl.minimum(begin + 1, steps - 1)
     factors = fetch_factors(
-        scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+        scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS, DTYPE
     )
     z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
     acc = _multiply(z_a, ring, stage, 0, acc, CHOICE)
@@ -184,14 +195,14 @@ def add_steps(
             stage = 0
             phase ^= 1
         mbarrier.wait(full.index(stage), phase)
-        words = load_words(ws.index(stage), WARPS, GATE)
+        words = load_words(ws.index(stage), WARPS, GATE, DTYPE)
         acc, z_a, z_b = _settle(acc, z_a, z_b, PIPELINED)
-        words_a, words_b = halves(words)
+        words_a, words_b = halves(words, DTYPE)
         terms_a, terms_b = prepare(factors, words, DTYPE, FAST)
         # of the step after this one
         following = gl.minimum(step + 1, steps - 1)
         factors = fetch_factors(
-            scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+            scale_ptr, zero_ptr, row, following, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS, DTYPE
         )
         z_a = operand(words_a, terms_a, DTYPE, FAST, ACT_QUANT, OPERAND)
         acc = _multiply(z_a, ring, stage, 0, acc, CHOICE)
@@ -217,10 +228,10 @@ def add_steps(
         UNIT: gl.constexpr = 1.0 / FP16_LIFT
     else:
         UNIT: gl.constexpr = 1.0
-    if len(acc) == 1:
-        return (acc[0] * UNIT,), stage, phase
-    else:
-        return (acc[0] * UNIT, acc[1] * UNIT), stage, phase
+    sums = (acc[0].to(gl.float32) * UNIT,)
+    if len(acc) == 2:
+        sums += (acc[1].to(gl.float32) * UNIT,)
+    return sums, stage, phase
 
 
 @gluon.jit

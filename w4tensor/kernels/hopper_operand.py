@@ -17,6 +17,13 @@ from triton.experimental.gluon import language as gl
 
 from w4tensor.kernels.act_quant_words import EIGHTS
 from w4tensor.kernels.hopper_memory import in_turn, rows_in_memory
+from w4tensor.kernels.hopper_multiples import (
+    halves_of_slices,
+    layout_of_slices,
+    load_slices,
+    terms_of_multiples,
+    unpack_multiples,
+)
 from w4tensor.kernels.unpack import join8, scaling_terms, unpack_by_terms
 
 # a word $8, and pairs of scale * 2**101 for nibbles in bits 0..3 of their 16, of scale * 2**97 for
@@ -93,25 +100,36 @@ def _across(act_quant):
 
 
 @gluon.constexpr_function
-def layout_of_rows(rows, warps, act_quant):
-    """Of the row numbers [BN] that accumulate() takes."""
-    words = _layout_of_words(rows, warps)
+def _layout_of_step(rows, warps, dtype):
+    return layout_of_slices(rows, warps) if dtype == gl.int8 else _layout_of_words(rows, warps)
+
+
+@gluon.constexpr_function
+def layout_of_rows(rows, warps, act_quant, dtype):
+    """Of the row numbers [BN] that accumulate() takes, for x of a dtype."""
+    words = _layout_of_step(rows, warps, dtype)
     return gl.SliceLayout(1, gl.SliceLayout(_across(act_quant), words))
 
 
 @gluon.jit
-def load_words(stage, WARPS: gl.constexpr, GATE: gl.constexpr):
-    """Words [BN, t, i] of a step."""
+def load_words(stage, WARPS: gl.constexpr, GATE: gl.constexpr, DTYPE: gl.constexpr):
+    """Words [BN, t, i] of a step; for int8 x, of slices [BN, s, t] (hopper_multiples.py)."""
     BN: gl.constexpr = stage.shape[0]
-    words = in_turn(stage.load(_layout_in_memory(BN, WARPS, GATE)), GATE).reshape(BN, 4, 4)
-    return gl.convert_layout(words, _layout_of_words(BN, WARPS), assert_trivial=True)
+    if DTYPE == gl.int8:
+        return load_slices(stage, WARPS, GATE)
+    else:
+        words = in_turn(stage.load(_layout_in_memory(BN, WARPS, GATE)), GATE).reshape(BN, 4, 4)
+        return gl.convert_layout(words, _layout_of_words(BN, WARPS), assert_trivial=True)
 
 
 @gluon.jit
-def halves(words):
+def halves(words, DTYPE: gl.constexpr):
     """[BN, t, i] -> [BN, t, i % 2] of k 0..63 and of k 64..127."""
     BN: gl.constexpr = words.shape[0]
-    return words.reshape(BN, 4, 2, 2).permute(0, 1, 3, 2).split()
+    if DTYPE == gl.int8:
+        return halves_of_slices(words)
+    else:
+        return words.reshape(BN, 4, 2, 2).permute(0, 1, 3, 2).split()
 
 
 @gluon.jit
@@ -157,9 +175,10 @@ def fetch_factors(
     TOGETHER: gl.constexpr,
     ACT_QUANT: gl.constexpr,
     WARPS: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):
-    """Scales of a step, and zero points if there are any."""
-    WORDS: gl.constexpr = _layout_of_words(row.shape[0], WARPS)
+    """Scales of a step, and zero points if there are any; or multiples, for int8 x."""
+    WORDS: gl.constexpr = _layout_of_step(row.shape[0], WARPS, DTYPE)
     ACROSS: gl.constexpr = _across(ACT_QUANT)
     scale = _groups(scale_ptr, row, step, n_groups, GROUP, TOGETHER, WORDS, ACROSS)
     if zero_ptr is None:
@@ -179,30 +198,35 @@ def operand(
 ):
     """Words [BN, t, i] of 64 k, and that half of what prepare() made -> weights [BN, 64]."""
     BN: gl.constexpr = words.shape[0]
-    if FAST:
-        e0, e1, e2, e3, e4, e5, e6, e7 = gl.inline_asm_elementwise(
-            _UNPACK_MINUS_8 if ACT_QUANT else _UNPACK,
-            _UNPACK_REGISTERS,
-            [words, terms[0], terms[1], terms[2]],
-            dtype=(gl.bfloat16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
+    if DTYPE == gl.int8:
+        return unpack_multiples(words, terms, OPERAND)
     else:
-        if ACT_QUANT:
-            words = words ^ EIGHTS
-        e0, e1, e2, e3, e4, e5, e6, e7 = unpack_by_terms(words, terms, terms, DTYPE, True)
-    # [BN, t, i, p, q', r]
-    z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
-    z = z.permute(0, 2, 3, 4, 1, 5).reshape(BN, 64)
-    return gl.convert_layout(z, OPERAND, assert_trivial=True)
+        if FAST:
+            e0, e1, e2, e3, e4, e5, e6, e7 = gl.inline_asm_elementwise(
+                _UNPACK_MINUS_8 if ACT_QUANT else _UNPACK,
+                _UNPACK_REGISTERS,
+                [words, terms[0], terms[1], terms[2]],
+                dtype=(gl.bfloat16,) * 8,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            if ACT_QUANT:
+                words = words ^ EIGHTS
+            e0, e1, e2, e3, e4, e5, e6, e7 = unpack_by_terms(words, terms, terms, DTYPE, True)
+        # [BN, t, i, p, q', r]
+        z = join8(e0, e1, e2, e3, e4, e5, e6, e7)
+        z = z.permute(0, 2, 3, 4, 1, 5).reshape(BN, 64)
+        return gl.convert_layout(z, OPERAND, assert_trivial=True)
 
 
 @gluon.jit
 def prepare(factors, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
     """What a step's scales and zero points become for operand(), of its two halves."""
     # of a row, before they are those of its words
-    if FAST:
+    if DTYPE == gl.int8:
+        terms = terms_of_multiples(factors[0])
+    elif FAST:
         terms = gl.inline_asm_elementwise(
             _SCALES, "=r,=r,=r,h", [factors[0]], dtype=(gl.int32,) * 3, is_pure=True, pack=1
         )
@@ -214,7 +238,7 @@ def prepare(factors, words, DTYPE: gl.constexpr, FAST: gl.constexpr):
     first = ()
     second = ()
     for i in gl.static_range(len(terms)):
-        a, b = halves(terms[i].broadcast_to(words.shape))
+        a, b = halves(terms[i].broadcast_to(words.shape), DTYPE)
         first += (a,)
         second += (b,)
     return first, second

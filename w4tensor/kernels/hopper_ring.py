@@ -59,14 +59,16 @@ def expect(ring, stage, at, ok):
     """Tell the barrier of a stage how many bytes fetch_words() and fetch_x() bring."""
     xs, ws, full = ring
     WORDS: gl.constexpr = ws.shape[1] * 64
+    # 128 numbers
+    ROW: gl.constexpr = 16 * xs[0].dtype.primitive_bitwidth
     if len(at) == 3:
         MORE: gl.constexpr = 0 if len(xs) == 1 else xs[-1].shape[1]
-        BOTH: gl.constexpr = (xs[0].shape[1] + MORE) * 256 + WORDS
+        BOTH: gl.constexpr = (xs[0].shape[1] + MORE) * ROW + WORDS
         mbarrier.expect(full.index(stage), BOTH, pred=ok)
     else:
         for i in gl.static_range(len(xs)):
             mine = ok & (at[3] == i)
-            mbarrier.expect(full.index(stage), xs[i].shape[1] * 256 + WORDS, pred=mine)
+            mbarrier.expect(full.index(stage), xs[i].shape[1] * ROW + WORDS, pred=mine)
 
 
 @gluon.jit
@@ -118,13 +120,14 @@ def fetch_first(
     """
     _, ws, full = ring
     STAGES: gl.constexpr = ws.shape[0]
+    DTYPE: gl.constexpr = x_desc[0].dtype
     for s in gl.static_range(STAGES):
         ok = begin + s < end
         expect(ring, s, at, ok)
         fetch_words(w_desc, ws, full, s, at[1], at[2], begin + s, ok, GATE)
     if SCALES_FIRST:
         factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS, DTYPE
         )
     if PDL:
         # weights are nobody's output; x is that of the kernel before
@@ -134,6 +137,6 @@ def fetch_first(
         fetch_x(x_desc, ring, s, at, begin + s, begin + s < end)
     if not SCALES_FIRST:
         factors = fetch_factors(
-            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS
+            scale_ptr, zero_ptr, row, begin, n_groups, GROUP, TOGETHER, ACT_QUANT, WARPS, DTYPE
         )
     return factors

@@ -9,9 +9,11 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from w4tensor.checks import check_act_group_size
-from w4tensor.layout import ACT_QUANT
+from w4tensor.errors import Unsupported
+from w4tensor.layout import ACT_QUANT, check_multiple, check_multiple_values
+from w4tensor.quantize import Algorithm, quantize_weight_by_multiples
 from w4tensor.tensors import products, views
-from w4tensor.tensors.packed import PackedInt4
+from w4tensor.tensors.packed import PackedInt4, check_plain
 
 __all__ = ["Int4ActQuantTensor"]
 
@@ -33,6 +35,8 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
 
     Optional tensor data:
         zero_point: like scale, fp16 or fp32, in code units; None is 8.
+        multiple: like scale, int8: what scale is a multiple of its row's unit by (integer scales,
+            layout.py). Only per token and without zero points. Products of many tokens are faster.
 
     Optional attributes:
         transposed: the tensor is seen as [.., K, N]; the bytes stay.
@@ -48,7 +52,7 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
     packing = ACT_QUANT
     tensor_data_names = ["qdata", "scale"]
     tensor_attribute_names = ["group_size", "act_group_size", "layout_version"]
-    optional_tensor_data_names = ["zero_point"]
+    optional_tensor_data_names = ["zero_point", "multiple"]
     optional_tensor_attribute_names = ["transposed"]
 
     def __new__(
@@ -59,9 +63,14 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
         act_group_size: int,
         layout_version: int,
         zero_point: Tensor | None = None,
+        multiple: Tensor | None = None,
         transposed: bool = False,
     ):
-        return cls._wrapper(qdata, scale, zero_point, group_size, layout_version, transposed)
+        wrapper = cls._wrapper(qdata, scale, zero_point, group_size, layout_version, transposed)
+        if multiple is not None:
+            check_plain("multiple", multiple)
+            check_multiple(multiple, scale, zero_point, act_group_size)
+        return wrapper
 
     def __init__(
         self,
@@ -71,6 +80,7 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
         act_group_size: int,
         layout_version: int,
         zero_point: Tensor | None = None,
+        multiple: Tensor | None = None,
         transposed: bool = False,
     ) -> None:
         super().__init__()
@@ -80,11 +90,42 @@ class Int4ActQuantTensor(PackedInt4, TorchAOBaseTensor):
         self.act_group_size = check_act_group_size(act_group_size)
         self.layout_version = layout_version
         self.zero_point = zero_point
+        self.multiple = multiple
         self.transposed = transposed
 
     @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        group_size: int = 128,
+        algorithm: Algorithm = "symmetric",
+        integer_scales: bool = False,
+        **fields: Any,
+    ):
+        """As PackedInt4.from_hp; integer_scales: as quantize.quantize_weight_by_multiples."""
+        if not integer_scales:
+            return super().from_hp(weight, group_size, algorithm, **fields)
+        if algorithm != "symmetric":
+            raise Unsupported(f"integer scales with algorithm={algorithm!r}; use 'symmetric'")
+        if weight.ndim not in (2, 3):
+            raise Unsupported(f"weight has {weight.ndim} dimensions; give [N, K] or [E, N, K]")
+        q, scale, multiple = quantize_weight_by_multiples(weight, group_size)
+        return cls._pack(q, scale, None, multiple=multiple, **fields)
+
+    @classmethod
     def _pack(cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, **fields: Any):
+        multiple = fields.pop("multiple", None)
+        if multiple is not None:
+            fields = {"act_group_size": -1} | fields
+            check_multiple(multiple, scale, zero_point, fields["act_group_size"])
+            check_multiple_values(multiple, scale)
+            fields["multiple"] = multiple.contiguous()
         return super()._pack(q, scale, zero_point, **({"act_group_size": 32} | fields))
+
+    def _check(self) -> None:
+        super()._check()
+        if self.multiple is not None:
+            check_multiple(self.multiple, self.scale, self.zero_point, self.act_group_size)
 
 
 views.register(Int4ActQuantTensor)

@@ -97,6 +97,8 @@ def experts(
         gate,
         act,
         gate_up.layout_version,
+        gate_up.multiple,
+        down.multiple,
     )
     guard_as_one(gate_up)
     guard_as_one(down)

@@ -122,6 +122,7 @@ class _Gathered(_Base):
     qdata: Any = _Field()
     scale: Any = _Field()
     zero_point: Any = _Field()
+    multiple: Any = _Field()
     stack: PackedInt4
     ids: Tensor
 

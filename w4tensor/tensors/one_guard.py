@@ -49,7 +49,7 @@ _epoch = "0"
 _losses = itertools.count()
 _lock = threading.Lock()
 # what compiled code reads of a weight beside its fields, and its class says
-_READ = ("act_group_size", "ndim", "__torch_function__")
+_READ = ("act_group_size", "multiple", "ndim", "__torch_function__")
 
 
 class Watched:

@@ -27,7 +27,7 @@ from w4tensor.layout import (
 from w4tensor.quantize import Algorithm, quantize_weight
 from w4tensor.tensors.one_guard import Watched
 
-__all__ = ["PackedInt4"]
+__all__ = ["PackedInt4", "check_plain"]
 
 # fields by which native int4 routes read their own tensors
 _FOREIGN_FIELDS = (
@@ -51,6 +51,12 @@ else:
     _Base = object
 
 
+def check_plain(field: str, value: Any) -> None:
+    """Refuse data that are no tensor, or one of a class with a meaning of its own."""
+    if not isinstance(value, Tensor) or isinstance(value, TorchAOBaseTensor):
+        raise PackingError(field, f"a {type(value).__name__}", "a plain torch.Tensor")
+
+
 class PackedInt4(Watched, _Base):
     """Mixin over TorchAOBaseTensor; a class gives `packing` and the torchao field lists."""
 
@@ -60,6 +66,8 @@ class PackedInt4(Watched, _Base):
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    # of Int4ActQuantTensor
+    multiple: Tensor | None = None
     group_size: int
     act_group_size: int | None
     layout_version: int
@@ -77,10 +85,8 @@ class PackedInt4(Watched, _Base):
     ) -> Tensor:
         """The empty wrapper that `__new__` returns: its shape follows from the fields."""
         for field, value in (("qdata", qdata), ("scale", scale), ("zero_point", zero_point)):
-            if value is None and field == "zero_point":
-                continue
-            if not isinstance(value, Tensor) or isinstance(value, TorchAOBaseTensor):
-                raise PackingError(field, f"a {type(value).__name__}", "a plain torch.Tensor")
+            if value is not None or field != "zero_point":
+                check_plain(field, value)
         check_contract(cls.packing, qdata, scale, zero_point, group_size, layout_version)
         *stack, n, n_groups = scale.shape
         matrix = (n_groups * group_size, n) if transposed else (n, n_groups * group_size)
@@ -195,7 +201,8 @@ class PackedInt4(Watched, _Base):
     # torchao's flatten, nor through __torch_function__ and back.
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        data = ["qdata", "scale"] if self.zero_point is None else ["qdata", "scale", "zero_point"]
+        optional = (n for n in self.optional_tensor_data_names if getattr(self, n) is not None)
+        data = [*self.tensor_data_names, *optional]
         names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
         return data, {name: getattr(self, name) for name in names}
 
@@ -278,11 +285,15 @@ class PackedInt4(Watched, _Base):
         ]
 
     def _map(self, fn: Callable[[Tensor], Tensor], **changes: Any):
-        """The same tensor with `fn` applied to qdata, scale and zero_point."""
-        zero_point = None if self.zero_point is None else fn(self.zero_point)
-        return self._with(
-            qdata=fn(self.qdata), scale=fn(self.scale), zero_point=zero_point, **changes
-        )
+        """The same tensor with `fn` applied to all of its data."""
+        data = {name: fn(t) for name, t in self._data()}
+        return self._with(**data | changes)
+
+    def _data(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors of all data that there is."""
+        names = (*self.tensor_data_names, *self.optional_tensor_data_names)
+        data = [(name, getattr(self, name)) for name in names]
+        return [(name, t) for name, t in data if t is not None]
 
     def _explicit_zero_point(self) -> Tensor:
         if self.zero_point is not None:

@@ -128,6 +128,7 @@ def _linear(x: Tensor, w, bias: Tensor | None = None) -> Tensor:
         w.group_size,
         w.act_group_size,
         w.layout_version,
+        w.multiple,
     )
 
 

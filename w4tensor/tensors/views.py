@@ -1,6 +1,6 @@
 """Operators that move or show an int4 weight without reading its codes: slices, stacks, copies.
 
-qdata, scale and zero_point are cut along the same dimension, so every operator here is the plain
+All data of a weight are cut along the same dimension, so every operator here is the plain
 operator on each of them. Along N and E anything goes; along K only whole blocks and groups.
 """
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from w4tensor.errors import MisdispatchError, PackingError, Unsupported
-from w4tensor.layout import BLOCK_K, GROUP_SIZES, SCALE_DTYPES
+from w4tensor.layout import BLOCK_K, GROUP_SIZES, SCALE_DTYPES, has_values
 from w4tensor.tensors.gathered import gather
 from w4tensor.tensors.packed import PackedInt4
 
@@ -130,13 +130,11 @@ def _slice_k(w, func, start: int, end: int, step: int):
     groups = slice(start // w.group_size, end // w.group_size)
     words = slice(start // w.packing.codes, -(-end // BLOCK_K) * BLOCK_K // w.packing.codes)
     dim = w.ndim - 1
-    return w._with(
-        qdata=func(w.qdata, dim, words.start, words.stop),
-        scale=func(w.scale, dim, groups.start, groups.stop),
-        zero_point=None
-        if w.zero_point is None
-        else func(w.zero_point, dim, groups.start, groups.stop),
-    )
+    data = {}
+    for name, t in w._data():
+        part = words if name == "qdata" else groups
+        data[name] = func(t, dim, part.start, part.stop)
+    return w._with(**data)
 
 
 @_implements([aten.select.int])
@@ -245,10 +243,15 @@ def _cat(func, types, args, kwargs):
             torch.float32 if any(z.dtype == torch.float32 for z in zero_points) else torch.float16
         )
         zero_points = [z.to(wide) for z in zero_points]
+    changes = {"zero_point": func(zero_points, stored) if explicit else None}
+    if "multiple" in first.optional_tensor_data_names:
+        # units are of rows
+        kept = stored < first.ndim - 1 and all(w.multiple is not None for w in weights)
+        changes["multiple"] = func([w.multiple for w in weights], stored) if kept else None
     return first._with(
         qdata=func([w.qdata for w in weights], stored),
         scale=func([w.scale for w in weights], stored),
-        zero_point=func(zero_points, stored) if explicit else None,
+        **changes,
     )
 
 
@@ -310,6 +313,18 @@ def _squeeze(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
+def _check_units(target, source) -> None:
+    """Refuse to write into a part of rows whose other groups have another unit. Reads both."""
+    left = target.scale[..., :1].double() * source.multiple[..., :1]
+    right = source.scale[..., :1].double() * target.multiple[..., :1]
+    if not torch.equal(left, right.to(left.device)):
+        raise PackingError(
+            "multiple",
+            "of another unit than the target's rows",
+            "the same unit: quantise whole rows and then cut them",
+        )
+
+
 @_implements([aten.copy_.default])
 def _copy(func, types, args, kwargs):
     target, source = args[:2]
@@ -329,10 +344,16 @@ def _copy(func, types, args, kwargs):
         raise PackingError("shape", tuple(source.shape), f"{tuple(target.shape)}, as the target")
     if target.zero_point is None and source.zero_point is not None:
         raise PackingError("zero_point", "a tensor", "None (symmetric), as the target")
+    if target.multiple is not None and source.multiple is None:
+        raise PackingError("multiple", None, "a tensor (integer scales), as the target")
+    if target.multiple is not None and target.multiple.stride(-2) != target.multiple.shape[-1]:
+        _check_units(target, source)
     target.qdata.copy_(source.qdata)
     target.scale.copy_(source.scale)
     if target.zero_point is not None:
         target.zero_point.copy_(source._explicit_zero_point())
+    if target.multiple is not None:
+        target.multiple.copy_(source.multiple)
     return target
 
 
@@ -345,12 +366,22 @@ def _to_copy(func, types, args, kwargs):
         raise Unsupported(f"a {type(w).__name__} cannot become {dtype}; give one of {SCALE_DTYPES}")
     w._check()
 
-    def move(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        if t is None:
-            return None
-        return t.to(device, dtype=dtype or t.dtype, non_blocking=non_blocking, copy=True)
+    data = {}
+    for name, t in w._data():
+        to_dtype = dtype if name == "scale" else t.dtype
+        data[name] = t.to(device, dtype=to_dtype, non_blocking=non_blocking, copy=True)
+    if w.multiple is not None and _may_round(w.scale, dtype):
+        data["multiple"] = None
+    return w._with(**data)
 
-    return w._with(qdata=move(w.qdata), scale=move(w.scale, dtype), zero_point=move(w.zero_point))
+
+def _may_round(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scales may be others in `dtype`. Those that quantize.py makes are exact in bf16."""
+    if dtype in (scale.dtype, torch.float32):
+        return False
+    if dtype == torch.float16:
+        return True
+    return has_values(scale) and not torch.equal(scale.to(dtype).to(scale.dtype), scale)
 
 
 @_implements([aten._pin_memory.default])
@@ -387,9 +418,8 @@ def _set_data(func, types, args, kwargs):
 
 def _share_memory(func, types, args, kwargs):
     w = args[0]
-    for t in (w.qdata, w.scale, w.zero_point):
-        if t is not None:
-            t.share_memory_()
+    for _, t in w._data():
+        t.share_memory_()
     return w
 
 

@@ -16,7 +16,12 @@ import triton
 from tests.kernels.lowering.descriptors import stale_descriptors
 from tests.kernels.lowering.sass import Lowered, descriptor, lower, messages
 from w4tensor.dispatch_hopper import NO_ZERO_POINTS, TILES, HopperTile
-from w4tensor.kernels.gemm_hopper import MAX_REGISTERS, _gemm_hopper_kernel, boxes_of_tokens
+from w4tensor.kernels.gemm_hopper import (
+    MAX_REGISTERS,
+    MAX_REGISTERS_INT8,
+    _gemm_hopper_kernel,
+    boxes_of_tokens,
+)
 from w4tensor.kernels.gemm_hopper_persistent import gemm_hopper_persistent_kernel
 from w4tensor.kernels.groups import groups_together
 
@@ -34,7 +39,7 @@ def _tokens(tile: HopperTile, few: bool) -> int:
 
 
 @functools.cache
-def _lower(
+def lowered(
     tile: HopperTile,
     dtype: str = "bf16",
     group: int = 128,
@@ -50,17 +55,21 @@ def _lower(
     few: bool = False,
     # of programs that share tiles; with `split`, evenly
     shared: bool = False,
+    # x is int8, and scales are integers
+    integer: bool = False,
 ) -> Lowered:
     first, more = boxes_of_tokens(tile.block_m, _tokens(tile, few))
     signature = {
-        "x_desc": descriptor([*first, 128], dtype),
-        "more_x_desc": descriptor([*(more or first), 128], dtype),
+        "x_desc": descriptor([*first, 128], "i8" if integer else dtype),
+        "more_x_desc": descriptor([*(more or first), 128], "i8" if integer else dtype),
         "w_desc": descriptor([tile.block_n, 16], "i32"),
         "y_desc": descriptor([*first, tile.block_n], dtype),
         "more_y_desc": descriptor([*(more or first), tile.block_n], dtype),
         "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{scale or dtype}",
         "zero_ptr": f"*{zero}",
+        "multiple_ptr": "*i8",
+        "x_scale_ptr": "*fp32",
         "bias_ptr": f"*{dtype}",
         "part_ptr": "*fp32",
         "flag_ptr": "*i64",
@@ -72,7 +81,7 @@ def _lower(
         "GROUP_N": 8,
         "GROUP": group,
         "TOGETHER": groups_together(n_groups, group or 128, tile.block_m),
-        "ACT_QUANT": False,
+        "ACT_QUANT": integer,
         "WARPS": tile.num_warps,
         "STAGES": tile.num_stages,
         "PDL": pdl,
@@ -83,6 +92,7 @@ def _lower(
     if shared:
         del signature["y_ptr"]
     absent |= dict.fromkeys(("part_ptr", "flag_ptr"), not split)
+    absent |= dict.fromkeys(("multiple_ptr", "x_scale_ptr"), not integer)
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     unaligned = [name for name in signature if name.endswith("_desc")]
     unaligned += ["token", "M", "steps", *(("tiles", "rounds") if shared else ("split_k",))]
@@ -91,6 +101,8 @@ def _lower(
     short = dtype == "bf16" and zero is None and scale is None and group in (0, 128)
     short &= split and not shared
     registers = MAX_REGISTERS.get((tile.block_m, tile.block_n)) if short else None
+    if integer and not shared:
+        registers = MAX_REGISTERS_INT8.get((tile.block_m, tile.block_n, tile.num_warps))
     return lower(
         gemm_hopper_persistent_kernel if shared else _gemm_hopper_kernel,
         signature,
@@ -103,13 +115,13 @@ def _lower(
 
 @pytest.mark.parametrize("tile", MAX_REGISTERS, ids=str)
 def test_tiles_that_share_a_multiprocessor_with_the_next_launch(tile):
-    code = _lower(next(t for t in TILES if (t.block_m, t.block_n) == tile), pdl=True, split=True)
+    code = lowered(next(t for t in TILES if (t.block_m, t.block_n) == tile), pdl=True, split=True)
     assert REGISTERS // (code.threads * code.registers) >= 6, str(code)
 
 
 @pytest.mark.parametrize("tile", [TILES[0], TILES[4], TILES[13], TILES[16]], ids=str)
 def test_sums_of_slices_are_stored_and_loaded_in_lines(tile):
-    code = _lower(tile, split=True)
+    code = lowered(tile, split=True)
     stores = re.findall(r"\bSTG\.E\.[0-9]+", code.text)
     loads = re.findall(r"\bLDG\.E\.[0-9]+\.STRONG\.GPU", code.text)
     # but for flags, 16 bytes a thread at a time
@@ -120,7 +132,7 @@ def test_sums_of_slices_are_stored_and_loaded_in_lines(tile):
 
 @pytest.mark.parametrize("tile", (TILES[0], TILES[6], TILES[7]), ids=lambda tile: _name(tile))
 def test_small_tiles_ask_for_scales_before_they_wait_for_x(tile):
-    ptx = _lower(tile, pdl=True).ptx
+    ptx = lowered(tile, pdl=True).ptx
     early = ptx.index("ld.global") < ptx.index("griddepcontrol.wait")
     assert early == (tile.block_m * tile.block_n <= 64 * 64)
 
@@ -133,7 +145,7 @@ def _name(tile: HopperTile) -> str:
 def _check(
     tile: HopperTile, dtype: str, group: int, zero: str | None, few: bool = False, **options
 ) -> None:
-    code = _lower(tile, dtype, group, zero, few=few, **options)
+    code = lowered(tile, dtype, group, zero, few=few, **options)
     assert code.stack == 0, str(code)
     assert code.matrix == {"HGMMA"} and code.count("STS", "STSM") == 0, str(code)
     # 16 k each, for every 64 rows of a warpgroup and every run of tokens: the loop that was read is
@@ -216,7 +228,7 @@ def test_every_tile_with_what_costs_most_registers(tile):
 @pytest.mark.parametrize("tile", [OF_16_ROWS, OF_32_ROWS], ids=_name)
 def test_warps_await_sums_each_by_itself(tile):
     # they leave the loop at different times: a barrier in it would never be passed
-    lines = _lower(tile, split=True, pdl=True).ptx.splitlines()
+    lines = lowered(tile, split=True, pdl=True).ptx.splitlines()
     (look,) = (i for i, line in enumerate(lines) if "ld.acquire.gpu" in line)
     begin = next(i for i in range(look, 0, -1) if lines[i].startswith("$L"))
     label = lines[begin].split(":")[0]
@@ -230,7 +242,7 @@ def test_scales_are_loaded_with_their_neighbours():
     # a step has scales of four groups in each of a thread's two rows
     of_few = next(tile for tile in TILES if (tile.block_m, tile.block_n) == (64, 64))
     for tile, loads in ((of_few, (2, 4, 8)), (OF_16_ROWS, (2, 8, 8))):
-        codes = [_lower(tile, group=32, n_groups=n) for n in (64, 90, 45)]
+        codes = [lowered(tile, group=32, n_groups=n) for n in (64, 90, 45)]
         assert tuple(code.count("LDG") for code in codes) == loads, tile
 
 
@@ -244,13 +256,13 @@ def test_all_weights(weights):
 
 @pytest.mark.parametrize("scale", ["fp16", "fp32"])
 def test_scales_that_are_not_bf16_beside_an_fp32_x(scale):
-    code = _lower(OF_32_ROWS, scale=scale, y="fp32")
+    code = lowered(OF_32_ROWS, scale=scale, y="fp32")
     assert code.stack == 0 and code.matrix == {"HGMMA"}, str(code)
     # bf16 scales would go straight to the weights, as bits
-    assert code.count("FMUL") > _lower(OF_32_ROWS, y="fp32").count("FMUL"), str(code)
+    assert code.count("FMUL") > lowered(OF_32_ROWS, y="fp32").count("FMUL"), str(code)
 
 
 def test_ptxas_says_when_it_must_order_products_itself():
-    code = _lower(OF_32_ROWS)
+    code = lowered(OF_32_ROWS)
     unordered = re.sub(r"wgmma\.wait_group\.sync\.aligned \d;", "", code.ptx)
     assert "C7517" in messages(replace(code, ptx=unordered))

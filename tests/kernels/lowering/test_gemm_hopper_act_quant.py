@@ -59,6 +59,7 @@ def built(
     constants: dict[str, object] = dict(GROUP_N=8, TOGETHER=together, GROUP=group, PDL=True)
     constants |= dict(ACT_QUANT=act_quant, WARPS=warps, STAGES=stages, PIPELINED=pipelined)
     constants |= {name: None for name in OPTIONAL if name not in given}
+    constants |= {"multiple_ptr": None, "x_scale_ptr": None}
     constants |= {} if more else {"more_x_desc": None, "more_y_desc": None}
     unaligned = tuple(name for name in types if name.endswith("_desc"))
     unaligned += ("token", "M", "steps", "n_groups")

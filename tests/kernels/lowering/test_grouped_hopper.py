@@ -37,7 +37,7 @@ SHARED_BYTES = 227 << 10
 
 
 @functools.cache
-def _lower(
+def lowered(
     plan: HopperGroupedPlan,
     gate: str = "halves",
     act: str = "silu",
@@ -53,25 +53,26 @@ def _lower(
     shared = plan.programs > 0
     fetched = plan.block_n // 2 if gate == "halves" else plan.block_n
     signature = {
-        "x_desc": descriptor([plan.block_m, 128], dtype),
-        "narrow_desc": descriptor([max(8, plan.narrow_m), 128], dtype),
+        "x_desc": descriptor([plan.block_m, 128], "i8" if plan.integer else dtype),
+        "narrow_desc": descriptor([max(8, plan.narrow_m), 128], "i8" if plan.integer else dtype),
         "w_desc": descriptor([fetched, 16], "i32"),
         "order_ptr": "*i32",
         "tiles_ptr": "*i32",
         "y_ptr": f"*{y or dtype}",
         "scale_ptr": f"*{dtype}",
         "zero_ptr": f"*{zero}",
+        **({} if shared else {"multiple_ptr": "*i8", "x_scale_ptr": "*fp32"}),
         "bias_ptr": f"*{dtype}",
         "slots" if shared else "n_rows": "i32",
         **dict.fromkeys(("N", "E", "steps", "n_groups"), "i32"),
     }
     constants = {
         "BLOCK_N": plan.block_n,
-        **({} if shared else {"SPLIT_K": plan.split_k}),
+        **({} if shared else {"SPLIT_K": plan.split_k, "X_DIV": 0 if gate == "none" else 8}),
         "SCATTER": scatter,
         "GROUP": group,
         "TOGETHER": groups_together(64, group or 128, plan.block_m),
-        "ACT_QUANT": act_quant,
+        "ACT_QUANT": act_quant or plan.integer,
         "GATE": gate,
         "ACT": act,
         "WARPS": plan.num_warps,
@@ -88,6 +89,8 @@ def _lower(
         constants["bias_ptr"] = None
     if as_given:
         constants["order_ptr"] = None
+    if not plan.integer and not shared:
+        constants |= dict.fromkeys(("multiple_ptr", "x_scale_ptr"), None)
     unaligned = ("x_desc", "narrow_desc", "w_desc", "n_rows", "slots", "steps")
     kernel = grouped_hopper_persistent_kernel if shared else _grouped_hopper_kernel
     return lower(kernel, signature, constants, plan.num_warps, unaligned=unaligned)
@@ -106,8 +109,8 @@ def _check(code: Lowered, plan: HopperGroupedPlan, budget: float) -> None:
 
 @pytest.mark.parametrize("plan", TILES, ids=lambda plan: plan.name)
 def test_every_tile_as_the_first_product_and_as_the_second(plan):
-    _check(_lower(plan), plan, 4.0)
-    _check(_lower(plan, gate="none", act="none", scatter=True), plan, 4.0)
+    _check(lowered(plan), plan, 4.0)
+    _check(lowered(plan, gate="none", act="none", scatter=True), plan, 4.0)
 
 
 @pytest.mark.parametrize("plan", SHARED, ids=lambda plan: f"{plan.name}-{plan.narrow_m}")
@@ -123,7 +126,7 @@ def test_every_tile_as_the_first_product_and_as_the_second(plan):
     ids=str,
 )
 def test_tiles_that_programs_share(plan, options, budget):
-    code = _lower(plan, **options)
+    code = lowered(plan, **options)
     _check(code, plan, budget)
     resident = SHARED_RESIDENT[plan.block_m]
     assert resident * code.threads * (-(-code.registers // 8) * 8) <= REGISTERS
@@ -133,7 +136,7 @@ def test_tiles_that_programs_share(plan, options, budget):
 @pytest.mark.parametrize("plan", FEW, ids=lambda plan: plan.name)
 def test_tiles_that_are_not_pipelined_share_a_multiprocessor_with_more(plan):
     def resident(plan: HopperGroupedPlan) -> int:
-        code = _lower(plan)
+        code = lowered(plan)
         return REGISTERS // (code.threads * (-(-code.registers // 8) * 8))
 
     assert resident(for_short_loops(plan, k=128, mean_rows=1)) >= 4 > resident(plan)
@@ -142,8 +145,8 @@ def test_tiles_that_are_not_pipelined_share_a_multiprocessor_with_more(plan):
 @pytest.mark.parametrize("plan", [p for p in FEW if p.block_m <= SLICED_M], ids=lambda p: p.name)
 def test_slices_of_k(plan):
     plan = replace(plan, split_k=2)
-    _check(_lower(plan, gate="none", act="none", scatter=True, y="fp32"), plan, 4.0)
-    code = _lower(plan, gate="none", act="none", scatter=True, y="fp32")
+    _check(lowered(plan, gate="none", act="none", scatter=True, y="fp32"), plan, 4.0)
+    code = lowered(plan, gate="none", act="none", scatter=True, y="fp32")
     assert code.registers * code.threads * SLICED_RESIDENT <= REGISTERS
 
 
@@ -161,4 +164,4 @@ def test_slices_of_k(plan):
 )
 def test_gates_activations_groups_and_zero_points(options, budget):
     plan = next(plan for plan in TILES if plan.block_m == 32)
-    _check(_lower(plan, **options), plan, budget)
+    _check(lowered(plan, **options), plan, budget)
