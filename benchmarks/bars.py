@@ -232,12 +232,15 @@ def moe_bars(points: Iterable[Point]) -> list[Bar]:
     return [*bars, slower, skewed, int8, int8_many]
 
 
+OUR_MODELS = ("w4tensor", "w4tensor-int8", "w4tensor-int8-integer")
+
+
 def model_bars(figures: Iterable[Figure]) -> list[Bar]:
     """Whole models, batch 1."""
     newest = {(f.model, f.impl, f.figure): f for f in figures if f.batch in (0, 1)}
 
     def cases(model: str, figure: str) -> list[Case]:
-        found = (newest.get((model, impl, figure)) for impl in ("w4tensor", "w4tensor-int8"))
+        found = (newest.get((model, impl, figure)) for impl in OUR_MODELS)
         return [Case(f.value, f.impl) for f in found if f is not None]
 
     def against_bf16(model: str) -> list[Case]:
